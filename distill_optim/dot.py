@@ -1,0 +1,355 @@
+"""DOT: a momentum per loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
+
+from distill_optim.combine import gram
+from distill_optim.gradients import Collected
+from distill_optim.multi_loss import MultiLossOptimizer, Through
+from distill_optim.stats import Stats
+from distill_optim.update import dot_adamw, dot_sgd
+
+
+class _DOT(MultiLossOptimizer):
+    """What both share: every loss's memory from the option ``_memory`` and Δ, and a buffer of its own."""
+
+    _memory: ClassVar[str]
+    _memories: ClassVar[str]
+    _buffer: ClassVar[str]
+
+    def _keys(self) -> list[str]:
+        """The state's name of each loss's buffer: the first is the torch optimizer's, so that checkpoints fit."""
+        return [self._buffer, *(f"{self._buffer}/{name}" for name in self._names[1:])]
+
+    def _base_memory(self, group: Mapping[str, Any]) -> Any:
+        return group[self._memory]
+
+    def _memory_per_loss(self, group: Mapping[str, Any]) -> list[Any]:
+        """μ − Δ for the first loss, μ + Δ for the others, or what is given by name. Schedulers write μ, so this is
+        worked out in every step.
+        """
+        base, delta, named = self._base_memory(group), group["delta"], group[self._memories] or {}
+        return [
+            named[name] if name in named else base - delta if i == 0 else base + delta
+            for i, name in enumerate(self.defaults["losses"])
+        ]
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        named = group[self._memories]
+        if named is not None:
+            if not isinstance(named, Mapping):
+                raise TypeError(f"{self._memories}={named!r}: expected a mapping from names of losses to numbers")
+            for name in named:
+                if name not in self.defaults["losses"]:
+                    raise ValueError(f"{self._memories}: {name!r} is not one of the losses {self.defaults['losses']!r}")
+        base = self._base_memory(group)
+        for name, value in zip(self.defaults["losses"], self._memory_per_loss(group), strict=True):
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                continue  # Looking at it would wait for the device.
+            if not 0 <= value < 1:
+                source = (
+                    f"{self._memories}[{name!r}]={value}"
+                    if named is not None and name in named
+                    else f"delta={group['delta']} takes the {self._memory} of {name!r} from {base} to {value:.6g}"
+                )
+                raise ValueError(
+                    f"{source}, outside [0, 1); choose a smaller delta (0 gives every loss the same "
+                    f"{self._memory}), or set {self._memories}= by name"
+                )
+        if not 0 <= base < 1:
+            raise ValueError(f"{self._memory}={base}: outside [0, 1)")
+
+    def _collect(self, losses: Mapping[int, Tensor], *, through: Through | None, **how: Any) -> None:
+        if through is not None:
+            raise ValueError(
+                f"through: {type(self).__name__} needs every loss's gradient of every parameter, so one backward pass "
+                "cannot do; leave it out, or use MoKDSGD or MoKDAdamW"
+            )
+        super()._collect(losses, through=None, **how)
+
+    def _plain_step(self) -> None:
+        super()._plain_step()
+        stepped = [p for p in self._params() if p.grad is not None and self.state[p].get(self._buffer) is not None]
+        self._fill_buffers(stepped)
+
+    def _fill_buffers(self, params: Iterable[Tensor]) -> None:
+        """A first step of any kind makes all of a parameter's buffers, because a distributed checkpoint is loaded
+        into those that a step without losses made, and drops the others.
+        """
+        for p in params:
+            state = self.state[p]
+            for key in self._keys():
+                if state.get(key) is None:
+                    state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def _remember(self, collected: Collected) -> None:
+        present = collected.present
+        shared = collected.reached(self._params(), at_least=2)
+
+        def shared_gram() -> Tensor:
+            return gram(collected.columns(shared, present))
+
+        values = self._values(collected)
+        self.stats = Stats(self._present_names(collected), values, torch.ones_like(values), shared_gram)
+
+
+class DOTSGD(_DOT, SGD):
+    r"""SGD with a momentum per loss (DOT).
+
+    .. math:: v_i \leftarrow \mu_i v_i + (1 - \tau)\, \nabla L_i, \qquad
+        \theta \leftarrow \theta - \gamma \sum_i c_i v_i, \qquad
+        \mu_\text{task} = \mu - \Delta,\ \mu_\text{distill} = \mu + \Delta
+
+    Takes the place of ``torch.optim.SGD``: with ``loss.backward(); optimizer.step()`` it does what that does, bit for
+    bit, and loads its checkpoints; with ``optimizer.step([ce, kd])`` it is, bit for bit, one ``SGD`` per loss over
+    the same parameters, stepped one after the other. Weight decay joins the first loss that reaches a
+    parameter, and a parameter that one loss alone reaches in a step uses μ.
+
+    The long-run gain of a buffer is :math:`1/(1-\mu_i)`: at μ = 0.9 and Δ = 0.075 the distillation loss weighs seven
+    times the task loss. ``gain="matched"`` takes that out (:math:`c_i = (1-\mu_i)/(1-\mu)`, otherwise 1), so that Δ
+    changes the memory and nothing else.
+
+    Zhao et al., *DOT: A Distillation-Oriented Trainer*, ICCV 2023.
+
+    Args:
+        params: parameters, groups or named parameters, as in torch.
+        lr: learning rate γ, a number or a tensor.
+        momentum: μ, in [0, 1).
+        dampening: τ.
+        weight_decay: L2 penalty.
+        nesterov: Nesterov's momentum, for each loss.
+        losses: names of the losses, the task first, or how many there are.
+        delta: Δ.
+        momentums: momenta by name, in place of μ ∓ Δ, for some losses or all.
+        gain: ``"paper"`` or ``"matched"``.
+        maximize, foreach, differentiable, fused: as in ``torch.optim.SGD``.
+        process_group: processes over which gradients are averaged: ``"auto"``, None (never) or a group.
+
+    Raises:
+        ValueError: for a value out of range; see also :meth:`step`.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = distill_optim.DOTSGD(model.parameters(), lr=0.05, momentum=0.9)
+        >>> out = model(torch.ones(3, 4))
+        >>> ce, kd = out.square().mean(), out.abs().mean()
+        >>> optimizer.zero_grad()
+        >>> losses = optimizer.step([ce, kd])
+    """
+
+    _base = SGD
+    _memory = "momentum"
+    _memories = "momentums"
+    _buffer = "momentum_buffer"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        losses: int | Sequence[str] = ("task", "distill"),
+        delta: float = 0.075,
+        momentums: Mapping[str, float] | None = None,
+        gain: str = "paper",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        process_group: Any = "auto",
+    ) -> None:
+        self._set_options(losses=losses, delta=delta, momentums=momentums, gain=gain, process_group=process_group)
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        if group["gain"] not in ("paper", "matched"):
+            raise ValueError(f"gain={group['gain']!r}: expected 'paper' or 'matched'")
+        super()._check_group(group)
+
+    def _update(self, collected: Collected) -> None:
+        self._remember(collected)
+        present, keys = collected.present, self._keys()
+        if any(group["nesterov"] for group in self.param_groups):
+            # torch's foreach path of Nesterov writes into the gradients, so what is to be read off them is read now.
+            assert self.stats is not None
+            _ = self.stats.gram
+        for group in self.param_groups:
+            momenta = self._memory_per_loss(group)
+            params = collected.reached(group["params"])
+            buffers = [[self.state[p].get(keys[i]) for p in params] for i in present]
+            matched = group["gain"] == "matched"
+            dot_sgd(
+                params,
+                collected.columns(params, present),
+                buffers,
+                lr=group["lr"],
+                momentum=group["momentum"],
+                momenta=[momenta[i] for i in present],
+                gains=[(1 - momenta[i]) / (1 - group["momentum"]) if matched else 1 for i in present],
+                dampening=group["dampening"],
+                weight_decay=group["weight_decay"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                foreach=group["foreach"],
+                fused=group["fused"],
+            )
+            for i, column in zip(present, buffers, strict=True):
+                for p, buffer in zip(params, column, strict=True):
+                    if buffer is not None:
+                        self.state[p][keys[i]] = buffer
+            if any(momenta):
+                self._fill_buffers(params)
+
+
+class DOTAdamW(_DOT, AdamW):
+    r"""AdamW with a first moment per loss (DOT carried over to Adam).
+
+    .. math::
+        m_i \leftarrow \beta_{1i} m_i + (1-\beta_{1i}) \nabla L_i, \quad
+        v \leftarrow \beta_2 v + (1-\beta_2) \Bigl(\sum_i \nabla L_i\Bigr)^2, \quad
+        \theta \leftarrow (1 - \gamma\lambda)\theta - \gamma \sum_i \hat m_i / (\sqrt{\hat v} + \epsilon)
+
+    with :math:`\beta_{1,\text{task}} = \beta_1 - \Delta` and :math:`\beta_1 + \Delta` for every other loss, each first
+    moment corrected for its own bias. Δ = 0 is AdamW on the sum. Because a moment of Adam is a mean, Δ changes a loss's
+    memory and not its weight.
+
+    Takes the place of ``torch.optim.AdamW``: the untouched loop does what that does, bit for bit, and its
+    checkpoints load. A loss that is missing in a step counts as a zero gradient, as it would in the sum. The paper
+    has SGD only; this is our extension. Several losses take the foreach or the for-loop path (``fused`` concerns
+    plain steps), and ``differentiable`` is for plain steps alone.
+
+    Args:
+        params: parameters, groups or named parameters, as in torch.
+        lr: learning rate γ, a number or a tensor.
+        betas: β₁ and β₂.
+        eps: ε.
+        weight_decay: λ.
+        amsgrad: whether the denominator takes the running maximum of v.
+        losses: names of the losses, the task first, or how many there are.
+        delta: Δ.
+        beta1s: β₁ by name, in place of β₁ ∓ Δ, for some losses or all.
+        maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.AdamW``.
+        process_group: processes over which gradients are averaged: ``"auto"``, None (never) or a group.
+
+    Raises:
+        ValueError: for a value out of range; see also :meth:`step`.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = distill_optim.DOTAdamW(model.parameters(), lr=1e-3)
+        >>> out = model(torch.ones(3, 4))
+        >>> losses = optimizer.step({"task": out.square().mean(), "distill": out.abs().mean()})
+    """
+
+    _base = AdamW
+    _memory = "beta1"
+    _memories = "beta1s"
+    _buffer = "exp_avg"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        losses: int | Sequence[str] = ("task", "distill"),
+        delta: float = 0.075,
+        beta1s: Mapping[str, float] | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        process_group: Any = "auto",
+    ) -> None:
+        self._set_options(losses=losses, delta=delta, beta1s=beta1s, process_group=process_group)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    def _base_memory(self, group: Mapping[str, Any]) -> Any:
+        return group["betas"][0]
+
+    def _collect(self, losses: Mapping[int, Tensor], **how: Any) -> None:
+        if any(group["differentiable"] for group in self.param_groups):
+            raise ValueError(
+                "differentiable=True: DOTAdamW's step over several losses does not record itself; leave it out, or "
+                "add up the losses and call .backward()"
+            )
+        super()._collect(losses, **how)
+
+    def _update(self, collected: Collected) -> None:
+        self._capture_check()
+        self._remember(collected)
+        keys = self._keys()
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            summed: list[Tensor] = []
+            lists: list[list[Tensor]] = [[], [], [], []]
+            self._init_group(group, params, summed, *lists)
+            _, exp_avg_sqs, max_exp_avg_sqs, steps = lists
+            self._fill_buffers(params)
+            foreach = group["foreach"]
+            if foreach is None:
+                _, foreach = _default_to_fused_or_foreach(params, group["differentiable"], use_fused=False)
+                foreach = foreach and (group["capturable"] or not isinstance(group["lr"], Tensor))
+            dot_adamw(
+                params,
+                collected.columns(params, range(len(keys))),
+                summed,
+                [[self.state[p][key] for p in params] for key in keys],
+                exp_avg_sqs,
+                max_exp_avg_sqs,
+                steps,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta1s=self._memory_per_loss(group),
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                foreach=foreach,
+                steps_on_device=bool(group["capturable"] or group["fused"]),
+            )
+
+    def _capture_check(self) -> None:
+        """torch's own, that a step under graph capture is capturable; its name changed between versions."""
+        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+            check = getattr(Optimizer, name, None)
+            if check is not None:
+                check(self)
+                return

@@ -1,0 +1,21 @@
+"""From losses to one gradient per loss."""
+
+from distill_optim.gradients.backward import backward_each, backward_weighted
+from distill_optim.gradients.collected import Collected
+from distill_optim.gradients.graph import leaves_above, reached_alone
+from distill_optim.gradients.losses import Losses, by_index, check_losses, detached, is_losses, loss_names, values
+
+__all__ = [
+    "Collected",
+    "Losses",
+    "backward_each",
+    "backward_weighted",
+    "by_index",
+    "check_losses",
+    "detached",
+    "is_losses",
+    "leaves_above",
+    "loss_names",
+    "reached_alone",
+    "values",
+]

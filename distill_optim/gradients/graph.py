@@ -1,0 +1,49 @@
+"""Which parameters a loss reaches, read off the autograd graph without walking it back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def leaves_above(losses: Iterable[Tensor], stop: Collection[Tensor] = ()) -> set[Tensor]:
+    """Leaves of the graph between the losses and the tensors at which the walk stops.
+
+    Args:
+        losses: where the walk starts.
+        stop: tensors below which it does not go.
+
+    Returns:
+        The leaf tensors whose gradient a backward pass down to ``stop`` would reach.
+
+    Example:
+        >>> a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+        >>> z = a * 2
+        >>> leaves_above([(z * b).sum()], stop=[z]) == {b}
+        True
+    """
+    seen: set[Any] = {t.grad_fn for t in stop if t.grad_fn is not None}
+    leaves = {t for t in losses if t.grad_fn is None and t.requires_grad}
+    stack: list[Any] = [t.grad_fn for t in losses if t.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            leaves.add(variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return leaves - set(stop)
+
+
+def reached_alone(reached: Mapping[int, Collection[Tensor]], params: Iterable[Tensor]) -> dict[int, list[Tensor]]:
+    """The parameters that one loss alone reaches, by loss."""
+    alone: dict[int, list[Tensor]] = {i: [] for i in reached}
+    for p in params:
+        by = [i for i, leaves in reached.items() if p in leaves]
+        if len(by) == 1:
+            alone[by[0]].append(p)
+    return alone

@@ -1,0 +1,353 @@
+"""MoKD: conflict and dominance resolved at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW
+from torch.optim.optimizer import ParamsT
+
+from distill_optim import combine as combination
+from distill_optim.gradients import Collected, backward_weighted, leaves_above, reached_alone, values
+from distill_optim.multi_loss import MultiLossOptimizer, Through
+from distill_optim.stats import Stats
+from distill_optim.update import weighted_sum
+
+
+class _MoKD(MultiLossOptimizer):
+    """The combination of the gradients, in front of whatever the torch optimizer does with the result."""
+
+    _per_optimizer = (*MultiLossOptimizer._per_optimizer, "combine", "dominance", "rescale", "every")
+
+    # Statistics of a step whose weights were known before its backward pass, so that .grad is all there is.
+    _ahead: Stats | None = None
+    # The parameters that one loss alone reaches, by loss, as the last full step found them.
+    _alone: dict[int, list[Tensor]] | None = None
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        combination.method(group["combine"])
+        if group["dominance"] not in combination.DOMINANCE:
+            raise ValueError(f"dominance={group['dominance']!r}: expected one of {combination.DOMINANCE!r}")
+        every = group["every"]
+        if not isinstance(every, int) or isinstance(every, bool):
+            raise TypeError(f"every={every!r}: expected a whole number of steps")
+        if every < 1:
+            raise ValueError(f"every={every}: expected at least 1")
+
+    def _weights(self, gram: Tensor, losses: Tensor) -> Tensor:
+        group = self.param_groups[0]
+        return combination.weights(
+            gram, losses, combine=group["combine"], dominance=group["dominance"], rescale=group["rescale"]
+        )
+
+    # ---------------------------------------------------------------- gradients → weights → update
+
+    def _update(self, collected: Collected) -> None:
+        present, params = collected.present, collected.reached(self._params())
+        shared = collected.reached(params, at_least=2)
+        gram = combination.gram(collected.columns(shared, present))
+        losses = self._values(collected)
+        # A loss that shares no parameter has nothing to be combined with.
+        sharing = [a for a, i in enumerate(present) if any(p in collected.gradients[i] for p in shared)]
+        weights = torch.ones_like(losses)
+        if sharing:
+            weights = weights.to(gram.device).index_put(
+                (_on(sharing, gram.device),),
+                self._weights(_rows(_rows(gram, sharing), sharing, -1), _rows(losses, sharing)),
+            )
+        self.stats = Stats(self._present_names(collected), losses, weights, gram)
+
+        gradients: dict[Tensor, Tensor] = {}
+        if shared:
+            gradients.update(zip(shared, weighted_sum(collected.columns(shared, present), weights), strict=True))
+        for i in present:
+            gradients.update({p: g for p, g in collected.gradients[i].items() if p not in gradients})
+        self._step_along(gradients)
+
+        self._alone = reached_alone({i: collected.gradients[i].keys() for i in present}, params)
+        self._schedule(refreshed=True)
+
+    def _step_along(self, gradients: Mapping[Tensor, Tensor]) -> None:
+        """The torch optimizer's step with these gradients in the place of ``.grad``."""
+        params = [p for p in self._params() if p.grad is not None or p in gradients]
+        summed = [p.grad for p in params]
+        try:
+            for p in params:
+                p.grad = gradients.get(p)
+            self._base_step()
+        finally:
+            for p, grad in zip(params, summed, strict=True):
+                p.grad = grad
+
+    def _plain_step(self) -> None:
+        super()._plain_step()
+        if self._ahead is not None:
+            self.stats, self._ahead = self._ahead, None
+            self._schedule(refreshed=self.stats.weights is not self.param_groups[0].get("every_weights"))
+
+    # ---------------------------------------------------------------- weights known before the backward pass
+
+    def _collect(
+        self,
+        losses: Mapping[int, Tensor],
+        *,
+        scale: Tensor | None,
+        through: Through | None,
+        joint: bool,
+        retain_graph: bool,
+    ) -> None:
+        found = self._weights_ahead(losses, scale, through)
+        if (self._collected if found else self._ahead) or (self._collected and through is not None):
+            raise ValueError(
+                "through/every: the micro-batches of one step must all be walked back the same way; give the same "
+                "through= and the same losses to each, or call zero_grad() before"
+            )
+        if found is None:
+            super()._collect(losses, scale=scale, through=through, joint=joint, retain_graph=retain_graph)
+            return
+        stats, alone = found
+        backward_weighted(
+            losses,
+            dict(zip(losses, stats.weights.unbind(), strict=True)),
+            self._params(),
+            self._names,
+            alone,
+            scale=scale,
+            retain_graph=retain_graph,
+        )
+        self._ahead = stats
+
+    def _weights_ahead(
+        self, losses: Mapping[int, Tensor], scale: Tensor | None, through: Through | None
+    ) -> tuple[Stats, Mapping[int, Sequence[Tensor]]] | None:
+        """Statistics with the weights, and what one loss alone reaches, where they need no full backward passes."""
+        group = self.param_groups[0]
+        names = tuple(self._names[i] for i in losses)
+        device = group["params"][0].device
+        if 0 < group.get("every_count", 0) < group["every"] and group["every_names"] == names:
+            weights = group["every_weights"].to(device)
+            group["every_weights"] = weights
+            if self._alone is None:
+                self._alone = reached_alone({i: leaves_above([loss]) for i, loss in losses.items()}, self._params())
+            last = None if self.stats is None or self.stats.names != names else self.stats.gram
+            return Stats(names, values(list(losses.values()), device), weights, last), self._alone
+        if through is None:
+            return None
+        at = [through] if isinstance(through, Tensor) else list(through)
+        gram = self._gram_at(losses, at, scale)
+        given = values(list(losses.values()), gram.device)
+        above = {i: leaves_above([loss], at) for i, loss in losses.items()}
+        alone: dict[int, list[Tensor]] = {}
+        if any(p in leaves for p in self._params() for leaves in above.values()):
+            below = leaves_above(at)
+            alone = reached_alone({i: leaves | below for i, leaves in above.items()}, self._params())
+        self._alone = alone
+        return Stats(names, given, self._weights(gram, given), gram), alone
+
+    def _gram_at(self, losses: Mapping[int, Tensor], at: list[Tensor], scale: Tensor | None) -> Tensor:
+        """Inner products of the losses' gradients with respect to the tensors that they pass."""
+        for tensor in at:
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"through: expected a tensor or several, got {type(tensor).__name__}")
+            if not tensor.requires_grad:
+                raise ValueError(
+                    "through: the tensor does not require grad, so no gradient passes it; give one that the student "
+                    "computed with grad enabled, not a detached copy"
+                )
+        columns: list[tuple[Tensor | None, ...]] = []
+        for i, loss in losses.items():
+            seed = torch.ones_like(loss)
+            columns.append(
+                torch.autograd.grad(
+                    loss, at, seed if scale is None else seed * scale.to(loss), retain_graph=True, allow_unused=True
+                )
+            )
+            if all(gradient is None for gradient in columns[-1]):
+                raise ValueError(
+                    f"through: losses[{self._names[i]!r}] does not pass the tensor; give one that all losses pass"
+                )
+        with torch.no_grad():
+            gram = combination.gram(columns)
+            return gram if scale is None else gram / scale.to(gram).square()
+
+    def _schedule(self, *, refreshed: bool) -> None:
+        """Counts the steps since the weights were computed; in a parameter group, so that a checkpoint has it."""
+        group = self.param_groups[0]
+        if group["every"] == 1:
+            return
+        assert self.stats is not None
+        if refreshed:
+            group.update(every_count=1, every_names=self.stats.names, every_weights=self.stats.weights)
+        else:
+            group["every_count"] += 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._ahead = None
+
+
+def _on(indices: list[int], device: torch.device) -> Tensor:
+    return torch.stack([torch.full((), i, device=device) for i in indices])
+
+
+def _rows(tensor: Tensor, indices: list[int], dim: int = 0) -> Tensor:
+    return torch.stack([tensor.select(dim, i) for i in indices], dim)
+
+
+class MoKDSGD(_MoKD, SGD):
+    r"""SGD on the combined gradient of several losses (MoKD).
+
+    .. math:: \theta \leftarrow \operatorname{SGD}\Bigl(\theta, \sum_i w_i \nabla L_i\Bigr)
+
+    The weights come from the Gram matrix of the per-loss gradients over the parameters that several losses reach. By
+    default they are those of the shortest vector in the convex hull of the gradients of the *log* losses: the
+    direction of the largest worst relative improvement, which no loss conflicts with and none dominates. A
+    parameter that one loss alone reaches takes that loss's gradient as it is.
+
+    Takes the place of ``torch.optim.SGD``: with ``loss.backward(); optimizer.step()`` it does what that does, bit for
+    bit, and loads its checkpoints.
+
+    Hayder et al., *DTO-KD* (ICLR 2026), and its withdrawn first version *MoKD* (arXiv 2505.08170); Désidéri, *MGDA*
+    (2012). The clamp to the simplex, which the paper's closed form lacks, and ``rescale`` are ours.
+
+    Args:
+        params: parameters, groups or named parameters, as in torch.
+        lr: learning rate, a number or a tensor.
+        momentum, dampening, weight_decay, nesterov: as in ``torch.optim.SGD``, on the combined gradient.
+        losses: names of the losses, the task first, or how many there are.
+        combine: name of a method of :mod:`distill_optim.combine`, or a function ``(gram, losses) -> weights``.
+        dominance: ``"log"`` (gradients of the log losses), ``"norm"`` (unit gradients) or ``"none"``.
+        rescale: whether the weights on the raw gradients sum to the number of losses, so that a learning rate tuned
+            for the summed loss keeps its meaning and equal gradients give the summed loss's step.
+        every: new weights in every so many steps; the steps between walk back the weighted sum, once.
+        maximize, foreach, differentiable, fused: as in ``torch.optim.SGD``.
+        process_group: processes over which gradients are averaged: ``"auto"``, None (never) or a group.
+
+    Raises:
+        ValueError: for a value out of range; see also :meth:`step`.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = distill_optim.MoKDSGD(model.parameters(), lr=0.05, momentum=0.9)
+        >>> out = model(torch.ones(3, 4))
+        >>> ce, kd = out.square().mean(), out.abs().mean()
+        >>> optimizer.zero_grad()
+        >>> losses = optimizer.step([ce, kd])
+        >>> round(optimizer.stats.weights.sum().item(), 6)
+        2.0
+    """
+
+    _base = SGD
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        losses: int | Sequence[str] = ("task", "distill"),
+        combine: str | combination.Method = "min_norm",
+        dominance: str = "log",
+        rescale: bool = True,
+        every: int = 1,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        process_group: Any = "auto",
+    ) -> None:
+        self._set_options(
+            losses=losses,
+            combine=combine,
+            dominance=dominance,
+            rescale=rescale,
+            every=every,
+            process_group=process_group,
+        )
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+
+class MoKDAdamW(_MoKD, AdamW):
+    r"""AdamW on the combined gradient of several losses (MoKD).
+
+    As :class:`MoKDSGD`, with ``torch.optim.AdamW`` in the place of SGD: the weighted sum of the per-loss gradients is
+    the gradient that both moments see.
+
+    Args:
+        params: parameters, groups or named parameters, as in torch.
+        lr, betas, eps, weight_decay, amsgrad: as in ``torch.optim.AdamW``, on the combined gradient.
+        losses, combine, dominance, rescale, every: as in :class:`MoKDSGD`.
+        maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.AdamW``.
+        process_group: processes over which gradients are averaged: ``"auto"``, None (never) or a group.
+
+    Raises:
+        ValueError: for a value out of range; see also :meth:`step`.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = distill_optim.MoKDAdamW(model.parameters(), lr=1e-3)
+        >>> logits = model(torch.ones(3, 4))
+        >>> losses = optimizer.step([logits.square().mean(), logits.abs().mean()], through=logits)
+    """
+
+    _base = AdamW
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        losses: int | Sequence[str] = ("task", "distill"),
+        combine: str | combination.Method = "min_norm",
+        dominance: str = "log",
+        rescale: bool = True,
+        every: int = 1,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        process_group: Any = "auto",
+    ) -> None:
+        self._set_options(
+            losses=losses,
+            combine=combine,
+            dominance=dominance,
+            rescale=rescale,
+            every=every,
+            process_group=process_group,
+        )
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )

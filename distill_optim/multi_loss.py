@@ -1,0 +1,313 @@
+"""The optimizer shell that all four share: losses in, one gradient per loss kept, the subclass's update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from distill_optim.gradients import (
+    Collected,
+    Losses,
+    backward_each,
+    by_index,
+    check_losses,
+    detached,
+    is_losses,
+    loss_names,
+    values,
+)
+from distill_optim.stats import Stats
+
+Through = Tensor | list[Tensor] | tuple[Tensor, ...]
+
+
+class MultiLossOptimizer(Optimizer):
+    """What turns a torch optimizer into one that is given its losses one by one.
+
+    Meant to stand before the torch optimizer among the bases: ``class DOTSGD(MultiLossOptimizer, SGD)``. A subclass
+    says which torch optimizer does the plain step (``_base``), and what to do with several losses (``_update``).
+
+    Attributes:
+        stats: what the last step over several losses saw and did; None before the first.
+    """
+
+    _base: ClassVar[type[Optimizer]]
+    # Options of the losses; every parameter group has a copy, as torch's checkpoints and repr expect, but they hold
+    # for the whole optimizer.
+    _per_optimizer: ClassVar[tuple[str, ...]] = ("losses", "process_group")
+    # Those of them that describe this process and not the training; no checkpoint holds them.
+    _runtime: ClassVar[tuple[str, ...]] = ("process_group",)
+
+    stats: Stats | None = None
+
+    def _set_options(self, **options: Any) -> None:
+        """Options beside those of the torch optimizer; to be called before its constructor, which adds the groups."""
+        self._options = {**options, "losses": loss_names(options["losses"])}
+        group = options["process_group"]
+        if isinstance(group, str) and group != "auto":
+            raise ValueError(f"process_group={group!r}: expected 'auto', None or a process group")
+
+    @cached_property
+    def _collected(self) -> Collected:
+        return Collected(len(self._names))
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        names: tuple[str, ...] = self.defaults["losses"]
+        return names
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    # ---------------------------------------------------------------- what a training loop calls
+
+    def step(
+        self,
+        closure: Losses | Callable[[], Any] | None = None,
+        *,
+        through: Through | None = None,
+    ) -> Any:
+        """Takes one step.
+
+        Args:
+            closure: the scalar losses, as a list or tuple in the order of ``losses=`` or as a mapping by name (where
+                a name may be missing); or a callable, called with grad enabled, that returns such losses, or has
+                done its own backward and returns anything else; or None, for a step from what :meth:`backward` or
+                :func:`~distill_optim.joint_loss` collected, and where they collected nothing from ``.grad``, as the
+                torch optimizer would.
+            through: see :meth:`backward`.
+
+        Returns:
+            The losses given, detached; or what the callable returned.
+
+        Raises:
+            TypeError, ValueError: for losses or options that cannot be right. Parameters, buffers and collected
+                gradients are as before then.
+        """
+        for group in self.param_groups:
+            self._check_group(group)
+        losses: Losses | None = None
+        returned: Any = None
+        if is_losses(closure):
+            losses, returned = closure, None
+        elif callable(closure):
+            owner = getattr(closure, "optimizer", None)
+            if isinstance(owner, Optimizer) and unwrap(owner) is not self:
+                raise ValueError("closure: this MultiLossClosure was made for another optimizer; make one for this one")
+            with torch.enable_grad():
+                returned = closure()
+            if is_losses(returned):
+                losses = returned
+        elif closure is not None:
+            raise TypeError(
+                f"closure: expected losses as a list, tuple or mapping, a callable, or None, got "
+                f"{type(closure).__name__}; for one loss call .backward() on it and then step()"
+            )
+        if losses is not None:
+            self._backward(losses, through=through)
+            returned = detached(losses) if losses is closure else returned
+        elif through is not None:
+            raise ValueError("through: it needs the losses in the same call; give them to step, or it to backward")
+        elif self._collected:
+            self._collected.rescale()
+        if self._collected:
+            with torch.no_grad():
+                self._update(self._collected)
+            self._collected = Collected(len(self._names))
+        else:
+            self._plain_step()
+        return returned
+
+    def backward(self, losses: Losses, scaler: Any = None, through: Through | None = None) -> None:
+        """Collects the gradient of every loss, for a later :meth:`step`.
+
+        Called again before the step, it adds to what is there: micro-batches. ``.grad`` is left as
+        ``sum(losses).backward()`` would have left it, and what is done to it in place before the step (unscaling,
+        clipping, division by the number of micro-batches), parameter by parameter, reaches every loss's gradient.
+        A parameter whose ``.grad`` is set to None is left out of the step.
+
+        Args:
+            losses: scalar losses: a list or tuple in the order of ``losses=``, or a mapping by name.
+            scaler: a ``torch.amp.GradScaler`` whose scale the gradients are multiplied by.
+            through: a tensor (or several) that all losses pass on their way to most of the parameters, such as the
+                student's logits. MoKD then compares the gradients there and walks the rest of the graph back once,
+                for the weighted sum, which is what ``.grad`` then holds.
+
+        Raises:
+            TypeError, ValueError: as :meth:`step`.
+        """
+        scale = None
+        if scaler is not None:
+            given = next(iter(losses.values() if isinstance(losses, Mapping) else losses), None)
+            device = given.device if isinstance(given, Tensor) else torch.device("cpu")
+            scale = scaler.scale(torch.ones((), device=device))
+        self._backward(losses, scale=scale, through=through)
+        self._collected.remember_norms()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets all gradients: ``.grad``, and those collected per loss.
+
+        Args:
+            set_to_none: as in ``torch.optim.Optimizer.zero_grad``.
+        """
+        super().zero_grad(set_to_none)
+        self._collected = Collected(len(self._names))
+        if self.stats is not None:
+            self.stats.release()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, with the options checked."""
+        self.defaults.update(self.__dict__.pop("_options", {}))
+        if isinstance(param_group, dict):
+            for option in self._per_optimizer:
+                if option in param_group and param_group[option] != self.defaults[option]:
+                    raise ValueError(
+                        f"{option}={param_group[option]!r} in a parameter group: it holds for the whole optimizer, "
+                        f"which has {self.defaults[option]!r}; give it to the constructor"
+                    )
+            self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; without the options that describe this process."""
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            for option in self._runtime:
+                group.pop(option, None)
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; also takes a state dict of the torch optimizer that this one replaces.
+
+        Raises:
+            ValueError: for a state dict of an optimizer with other losses, besides torch's own reasons.
+        """
+        for group in state_dict["param_groups"]:
+            saved = group.get("losses")
+            if saved is not None and tuple(saved) != self._names:
+                raise ValueError(
+                    f"state_dict: it was saved with losses={tuple(saved)!r}, this optimizer has {self._names!r}; "
+                    "construct it with the same losses, in the same order"
+                )
+        super().load_state_dict(state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A checkpoint of the torch optimizer, or of an older version, lacks our options.
+        for group in self.param_groups:
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)
+
+    # ---------------------------------------------------------------- what a subclass says
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Refuses options of a group that the update could not use: when it is added, and again before a step,
+        because schedulers and users write into it.
+        """
+
+    def _update(self, collected: Collected) -> None:
+        """The step from one gradient per loss."""
+        raise NotImplementedError
+
+    def _plain_step(self) -> None:
+        """The step from ``.grad``, as the torch optimizer takes it."""
+        if "found_inf" in self.__dict__ and not any(p.grad is not None for p in self._params()):
+            # See _step_supports_amp_scaling. The scaler would have taken these back.
+            del self.__dict__["found_inf"], self.__dict__["grad_scale"]
+            raise ValueError(
+                "scaler.step(optimizer): there is no gradient to step on; call "
+                "optimizer.backward(losses, scaler=scaler), or scaler.scale(joint_loss(losses, optimizer)).backward(), "
+                "first"
+            )
+        self._base_step()
+
+    # ---------------------------------------------------------------- what a subclass builds on
+
+    def _backward(
+        self,
+        losses: Losses,
+        *,
+        scale: Tensor | None = None,
+        through: Through | None = None,
+        joint: bool = False,
+        retain_graph: bool = False,
+    ) -> None:
+        """Losses → gradients: checks them, and walks the graph back."""
+        indexed = by_index(losses, self._names)
+        check_losses(indexed, self._names)
+        self._refuse_processes()
+        self._collected.check()
+        if self.stats is not None:
+            self.stats.release()
+        self._collect(indexed, scale=scale, through=through, joint=joint, retain_graph=retain_graph)
+
+    def _collect(
+        self,
+        losses: Mapping[int, Tensor],
+        *,
+        scale: Tensor | None,
+        through: Through | None,
+        joint: bool,
+        retain_graph: bool,
+    ) -> None:
+        """One backward pass per loss."""
+        gradients, before = backward_each(losses, self._params(), self._names, scale=scale, retain_graph=retain_graph)
+        with torch.no_grad():
+            self._collected.add(gradients, before, losses, joint=joint)
+
+    def _base_step(self) -> None:
+        """The torch optimizer's step from ``.grad``, without its hooks, which are already around ours."""
+        step: Any = self._base.step
+        while getattr(step, "hooked", False):
+            step = step.__wrapped__
+        step(self)
+
+    def _values(self, collected: Collected) -> Tensor:
+        """Values of the losses that were given, on the device of the first parameter."""
+        device = self.param_groups[0]["params"][0].device
+        given = [collected.values[i] for i in collected.present]
+        return values(given, device) / max(collected.calls, 1)
+
+    def _present_names(self, collected: Collected) -> list[str]:
+        return [self._names[i] for i in collected.present]
+
+    def _refuse_processes(self) -> None:
+        """Several losses over several processes would make the replicas drift apart without any error."""
+        distributed = torch.distributed
+        if (
+            self.defaults["process_group"] is not None
+            and distributed.is_available()
+            and distributed.is_initialized()
+            and distributed.get_world_size() > 1
+        ):
+            raise ValueError(
+                f"process_group={self.defaults['process_group']!r}: steps over several losses do not reduce their "
+                "gradients over processes yet, so the replicas would drift apart; pass process_group=None if the "
+                "processes train independent models, or add up the losses and call .backward()"
+            )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Read by ``GradScaler.step``: whether ours handles a scaled ``.grad`` itself.
+
+        It does not, so that the scaler unscales, and skips a step on an overflow in any one loss. Except where there
+        is nothing to step on: there the scaler would fail with a message about inf checks before we could tell
+        what is missing.
+        """
+        return not any(p.grad is not None for p in self._params())
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's constructors set it with ``fused=True``."""
+
+
+def unwrap(optimizer: Any) -> Any:
+    """The optimizer inside a framework's wrapper (Lightning's and Accelerate's hold it in ``.optimizer``)."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer

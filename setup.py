@@ -1,0 +1,61 @@
+"""Package metadata. Build system and tool settings: pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"$', (here / "distill_optim" / "__init__.py").read_text("utf-8"), re.M)
+assert version is not None
+
+# One line each: why this library and not our own code.
+demo = [
+    "scikit-learn>=1.3",  # bundles a real data set (digits), so the demo needs no download
+    "matplotlib>=3.8",  # the picture
+    "rich>=13",  # progress bar and table
+]
+test = [
+    *demo,
+    "pytest>=8",
+    "pytest-xdist>=3",  # the suite on all cores
+    "hypothesis>=6.100",  # the theorems
+    "scipy>=1.11",  # an independent quadratic-programming solver as oracle
+    "sybil>=8",  # runs the examples in README and docs
+]
+docs = [
+    "sphinx>=8",
+    "furo",  # theme that reads well on a phone
+    "myst-parser",  # pages in Markdown
+]
+bench = ["matplotlib>=3.8", "torchjd", "pytorch-optimizer"]  # the peers
+
+setup(
+    name="distill_optim",
+    version=version.group(1),
+    description="Drop-in torch.optim optimizers for training on several losses at once, distillation first",
+    long_description=(here / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["distill_optim", "distill_optim.*"]),
+    package_data={"distill_optim": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.9", "numpy"],
+    extras_require={
+        "demo": demo,
+        "test": test,
+        "docs": docs,
+        "bench": bench,
+        "dev": [*test, *docs, "mypy", "ruff"],
+    },
+    entry_points={"console_scripts": ["distill-optim = distill_optim.__main__:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    keywords="knowledge distillation, multi-task learning, optimizer, gradient conflict, torch",
+)
