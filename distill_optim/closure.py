@@ -109,7 +109,9 @@ def joint_loss(losses: Losses, optimizer: Any, through: Through | None = None) -
         return total
     check_losses(indexed, ours.defaults["losses"])
     anchor = torch.zeros((), dtype=total.dtype, device=total.device, requires_grad=True)
-    joint: Tensor = _Joint.apply(anchor, total.detach(), losses, ours, through)
+    # Packed, so that autograd does not take ``through`` for an input and walk on from it.
+    packed = (losses, ours, through)
+    joint: Tensor = _Joint.apply(anchor, total.detach(), packed)  # type: ignore[no-untyped-call]  # torch's
     return joint
 
 
@@ -126,15 +128,15 @@ class _Joint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, total: Tensor, losses: Losses, optimizer: MultiLossOptimizer, through: Through | None
+        ctx: Any, anchor: Tensor, total: Tensor, packed: tuple[Losses, MultiLossOptimizer, Through | None]
     ) -> Tensor:
-        ctx.collect = (losses, optimizer, through)
+        ctx.packed = packed
         return total.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        losses, optimizer, through = ctx.collect
+        losses, optimizer, through = ctx.packed
         keep_graph: bool = torch._C._autograd._get_current_graph_task_keep_graph()
         optimizer._backward(losses, scale=grads[0], through=through, joint=True, retain_graph=keep_graph)
         optimizer._collected.remember_norms()
-        return (None,) * 5
+        return (None,) * 3

@@ -320,7 +320,7 @@ class DOTAdamW(_DOT, AdamW):
             params: list[Tensor] = []
             summed: list[Tensor] = []
             lists: list[list[Tensor]] = [[], [], [], []]
-            self._init_group(group, params, summed, *lists)
+            self._init_group(group, params, summed, *lists)  # type: ignore[no-untyped-call]  # torch's
             _, exp_avg_sqs, max_exp_avg_sqs, steps = lists
             self._fill_buffers(params)
             foreach = group["foreach"]

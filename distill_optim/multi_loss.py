@@ -40,8 +40,6 @@ class MultiLossOptimizer(Optimizer):
     # Options of the losses; every parameter group has a copy, as torch's checkpoints and repr expect, but they hold
     # for the whole optimizer.
     _per_optimizer: ClassVar[tuple[str, ...]] = ("losses", "process_group")
-    # Those of them that describe this process and not the training; no checkpoint holds them.
-    _runtime: ClassVar[tuple[str, ...]] = ("process_group",)
 
     stats: Stats | None = None
 
@@ -174,11 +172,12 @@ class MultiLossOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; without the options that describe this process."""
+        """As torch's; without the options that describe this process, or that are functions: a checkpoint is data."""
         packed = super().state_dict()
         for group in packed["param_groups"]:
-            for option in self._runtime:
-                group.pop(option, None)
+            for option in self._per_optimizer:
+                if option == "process_group" or callable(group[option]):
+                    del group[option]
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -271,7 +270,7 @@ class MultiLossOptimizer(Optimizer):
         """Values of the losses that were given, on the device of the first parameter."""
         device = self.param_groups[0]["params"][0].device
         given = [collected.values[i] for i in collected.present]
-        return values(given, device) / max(collected.calls, 1)
+        return values(given, device)
 
     def _present_names(self, collected: Collected) -> list[str]:
         return [self._names[i] for i in collected.present]

@@ -94,5 +94,9 @@ def weights(
     gram = gram.double()
     losses = losses.to(gram)
     scales = dominance_scales(dominance, gram, losses)
-    raw = method(combine)(gram * torch.outer(scales, scales), losses).to(gram) * scales
-    return raw * (raw.numel() / raw.sum()) if rescale else raw
+    shares = method(combine)(gram * torch.outer(scales, scales), losses).to(gram)
+    if not rescale:
+        return shares * scales
+    # Relative scales first: equal ones are exactly 1 then, and so are the weights of equal gradients.
+    raw = shares * (scales / scales.amax())
+    return raw * (raw.numel() / raw.sum())

@@ -17,14 +17,14 @@ class Collected:
 
     Attributes:
         gradients: per loss the gradient of each parameter that it reaches.
-        values: sum over the micro-batches of each loss's value, by loss.
-        calls: how many times a joint loss was walked back; whoever owns that backward divides it by as many.
+        values: value of each loss, by loss: their sum over the micro-batches, or over those of a joint loss their mean,
+            because whoever owns that backward divides it by their number.
     """
 
     def __init__(self, k: int) -> None:
         self.gradients: list[dict[Tensor, Tensor]] = [{} for _ in range(k)]
         self.values: dict[int, Tensor] = {}
-        self.calls = 0
+        self._joint_calls: Tensor | int = 0
         self._left: dict[Tensor, Tensor] = {}
         self._norms: dict[Tensor, Tensor] = {}
 
@@ -98,11 +98,14 @@ class Collected:
         self._left = {**summed, **before}
         for p, left in self._left.items():
             p.grad = left
+        self._norms = {}
         for i, loss in losses.items():
             value = loss.detach()
-            self.values[i] = self.values[i] + value if i in self.values else value
-        self.calls += joint
-        self._norms = {}
+            if i in self.values:
+                have = self.values[i]
+                value = (have * self._joint_calls + value) / (self._joint_calls + 1) if joint else have + value
+            self.values[i] = value
+        self._joint_calls = self._joint_calls + joint
 
     def remember_norms(self) -> None:
         """Takes down how long ``.grad`` is now, for a step that comes later."""
@@ -121,10 +124,18 @@ class Collected:
         """:meth:`rescale` ahead of another round; a ``.grad`` set to zero starts afresh."""
         self._drop([p for p in self._left if p not in grads])
         factors = self._factors(self._left)
+        # Not products alone: after an overflow what is to be forgotten may be infinite.
         for own in self.gradients:
             for p, gradient in own.items():
-                # Not a product: after an overflow what is to be forgotten may be infinite.
                 own[p] = torch.where(factors[p] == 0, 0, gradient).mul_(factors[p])
+        if not factors:
+            self.values.clear()
+            self._joint_calls = 0
+            return
+        home = next(iter(factors.values())).device
+        afresh = torch.stack([factor.to(home) == 0 for factor in factors.values()]).all()
+        self.values = {i: torch.where(afresh.to(v.device), 0, v) for i, v in self.values.items()}
+        self._joint_calls = torch.where(afresh, 0, self._joint_calls)
 
     def _drop(self, params: Sequence[Tensor]) -> None:
         for p in params:

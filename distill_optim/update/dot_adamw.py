@@ -125,7 +125,8 @@ def _update(
 def _bias_corrections(beta: float | Tensor, steps: list[Tensor], on_device: bool) -> list[Any]:
     """1 − β^t of each parameter: numbers, or 0-d tensors where the step counts may not be read on the host."""
     if on_device:
-        return [1 - power for power in torch._foreach_pow(cast(float, beta), steps)]
+        # In float64: the counts are float32, in which 1 − 0.999^t has no more than four digits at first.
+        return list((1 - beta ** torch.stack(steps).double()).unbind())
     return [1 - float(beta) ** step.item() for step in steps]
 
 

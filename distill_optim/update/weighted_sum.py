@@ -29,6 +29,8 @@ def weighted_sum(gradients: Sequence[Sequence[Tensor | None]], weights: Tensor) 
     total: list[Tensor | None] = [None] * len(gradients[0])
     for grads, weight in zip(gradients, weights.unbind(), strict=True):
         reached = [(p, g) for p, g in enumerate(grads) if g is not None]
+        if not reached:
+            continue
         lists = [[g for _, g in reached]]
         for (group,), indices in _group_tensors_by_device_and_dtype(lists, with_indices=True).values():  # type: ignore[arg-type]
             members = [g for g in group if g is not None]

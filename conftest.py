@@ -1,0 +1,24 @@
+"""Runs the examples: in docstrings, in README.md and in docs/."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+import distill_optim
+
+pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["*.md"]).pytest()
+
+
+@pytest.fixture(autouse=True)
+def _names_in_examples(doctest_namespace: dict[str, Any]) -> None:
+    doctest_namespace.update(
+        torch=torch,
+        distill_optim=distill_optim,
+        leaves_above=distill_optim.gradients.leaves_above,
+    )
+    torch.manual_seed(0)

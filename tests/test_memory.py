@@ -1,0 +1,99 @@
+"""Peak memory, counted allocation by allocation."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from distill_optim import DOTSGD, DOTAdamW, MoKDAdamW, MoKDSGD
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of all storages that operations made and that are still alive; remembers the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if key not in self._seen and key not in known:
+                    self._seen.add(key)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._forget, key, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+def wide(k: int) -> tuple[nn.Module, Callable[[], list[Tensor]], int]:
+    """A model whose parameters outweigh everything else, so that peaks are counted in sets of gradients."""
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512), nn.Linear(512, 512), nn.Linear(512, 512))
+    x = torch.randn(1, 512)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def losses() -> list[Tensor]:
+        out = model(x)
+        return [(out - i).square().mean() for i in range(k)]
+
+    return model, losses, size
+
+
+def peak_of_a_step(optimizer: Any, losses: Callable[[], list[Tensor]], how: str) -> int:
+    """The peak of the third step: buffers are there by then."""
+
+    def step() -> None:
+        optimizer.zero_grad()
+        if how == "plain":
+            torch.stack(losses()).sum().backward()
+            optimizer.step()
+        elif how == "list":
+            optimizer.step(losses())
+        else:
+            optimizer.backward(losses())
+            optimizer.step()
+
+    step()
+    step()
+    with PeakMemory() as memory:
+        step()
+    return memory.peak
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("how", ["list", "two phases"])
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize(("cls", "base"), [(DOTSGD, SGD), (MoKDSGD, SGD), (DOTAdamW, AdamW), (MoKDAdamW, AdamW)])
+def test_a_step_takes_at_most_k_more_gradient_sets(
+    cls: Any, base: Any, k: int, how: str, foreach: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One set per loss beside the sum in .grad; the combination and the update need none of their own.
+
+    Besides, the Gram matrix is taken in K buckets of a fixed size, here made as small beside the model as they are
+    beside a real one.
+    """
+    monkeypatch.setitem(sys.modules["distill_optim.combine.gram"].__dict__, "_BUCKET", {"cpu": 256})
+    flags: dict[str, Any] = {"foreach": foreach} | ({"momentum": 0.5} if base is SGD else {})
+    model, losses, size = wide(k)
+    plain = peak_of_a_step(base(model.parameters(), **flags), losses, "plain")
+    ours = peak_of_a_step(cls(model.parameters(), losses=k, **flags), losses, how)
+    # Activations, vectors of one width: some thousandths of a set.
+    assert ours <= plain + (k + 0.02) * size, f"{(ours - plain) / size:.3f} more sets than a plain step"
