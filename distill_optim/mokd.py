@@ -52,12 +52,13 @@ class _MoKD(MultiLossOptimizer):
         losses = self._values(collected)
         # A loss that shares no parameter has nothing to be combined with.
         sharing = [a for a, i in enumerate(present) if any(p in collected.gradients[i] for p in shared)]
-        weights = torch.ones_like(losses)
-        if sharing:
-            weights = weights.to(gram.device).index_put(
-                (_on(sharing, gram.device),),
-                self._weights(_rows(_rows(gram, sharing), sharing, -1), _rows(losses, sharing)),
-            )
+        if len(sharing) == len(present):
+            weights = self._weights(gram, losses)
+        else:
+            weights = torch.ones_like(losses)
+            if sharing:
+                among = self._weights(_rows(_rows(gram, sharing), sharing, -1), _rows(losses, sharing))
+                weights = weights.index_put((_on(sharing, losses.device),), among.to(losses.device))
         self.stats = Stats(self._present_names(collected), losses, weights, gram)
 
         gradients: dict[Tensor, Tensor] = {}

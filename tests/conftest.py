@@ -8,6 +8,9 @@ import hypothesis
 import pytest
 import torch
 
+# Tensors of a few dozen numbers, and a worker per core: more threads would only wait for each other.
+torch.set_num_threads(1)
+
 hypothesis.settings.register_profile("quick", max_examples=100, deadline=None)
 hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))

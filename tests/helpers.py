@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from distill_optim import DOTSGD, DOTAdamW, MoKDAdamW, MoKDSGD
 OURS = (DOTSGD, DOTAdamW, MoKDSGD, MoKDAdamW)
 
 
-def student(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Sequential:
+def student(dtype: torch.dtype = torch.float32, seed: int = 1) -> Any:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)).to(dtype)
 
@@ -37,7 +37,7 @@ def k_losses(model: nn.Module, x: Tensor, k: int) -> list[Tensor]:
     return [(out - i).abs().pow(1 + i / k).mean() for i in range(k)]
 
 
-def flat(params: Iterable[Tensor]) -> Tensor:
+def flat(params: Iterable[Any]) -> Tensor:
     return torch.cat(
         [torch.view_as_real(p.detach()).flatten() if p.is_complex() else p.detach().flatten() for p in params]
     )
@@ -48,17 +48,23 @@ def assert_same_bits(a: Iterable[Tensor], b: Iterable[Tensor]) -> None:
         assert torch.equal(x, y), f"tensor {i} differs by {(x - y).abs().max().item():.3g}"
 
 
-def train(
-    optimizer: torch.optim.Optimizer,
-    xs: Sequence[Tensor],
-    step: Callable[[Tensor], Any],
-) -> None:
+def summed(model: nn.Module, x: Tensor) -> Tensor:
+    task, distill = two_losses(model, x)
+    return task + distill
+
+
+def train(optimizer: Any, model: nn.Module, xs: Sequence[Tensor], losses: Any = None, *, plain: bool = False) -> None:
+    """With the losses as a list; or the way an untouched loop does it."""
     for x in xs:
         optimizer.zero_grad()
-        step(x)
+        if plain:
+            summed(model, x).backward()
+            optimizer.step()
+        else:
+            optimizer.step((losses or two_losses)(model, x))
 
 
-def gradients(losses: Sequence[Tensor], params: Sequence[Tensor]) -> list[tuple[Tensor | None, ...]]:
+def gradients(losses: Sequence[Tensor], params: Sequence[Tensor]) -> list[Any]:
     """Per loss the gradient of every parameter, by autograd.grad: a way that the package does not go."""
     return [torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True) for loss in losses]
 

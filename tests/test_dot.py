@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
 from distill_optim import DOTSGD, DOTAdamW
-from tests.helpers import assert_same_bits, batches, flat, gradients, k_losses, student, train, two_losses
+from tests.helpers import assert_same_bits, batches, flat, gradients, k_losses, student, summed, train, two_losses
 
 STEPS = 50
 
 
-def apply(optimizer: torch.optim.Optimizer, params: list[Tensor], grads: tuple[Tensor | None, ...]) -> None:
+def apply(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     for p, g in zip(params, grads, strict=True):
         p.grad = g
     optimizer.step()
@@ -119,8 +120,8 @@ def test_untouched_loop_is_sgd(flags: dict[str, Any], dtype: torch.dtype) -> Non
         DOTSGD(ours.parameters(), **{"momentum": 0, "delta": 0, "lr": 0.03} | flags),
         SGD(theirs.parameters(), **{"lr": 0.03} | flags),
     )
-    train(ours_, batches(STEPS, dtype), lambda x: (sum(two_losses(ours, x)).backward(), ours_.step()))  # type: ignore[attr-defined]
-    train(theirs_, batches(STEPS, dtype), lambda x: (sum(two_losses(theirs, x)).backward(), theirs_.step()))  # type: ignore[attr-defined]
+    train(ours_, ours, batches(STEPS, dtype), plain=True)
+    train(theirs_, theirs, batches(STEPS, dtype), plain=True)
     assert_same_bits(ours.parameters(), theirs.parameters())
 
 
@@ -129,8 +130,8 @@ def test_untouched_loop_is_sgd(flags: dict[str, Any], dtype: torch.dtype) -> Non
 def test_untouched_loop_is_adamw(flags: dict[str, Any], dtype: torch.dtype) -> None:
     ours, theirs = student(dtype), student(dtype)
     ours_, theirs_ = DOTAdamW(ours.parameters(), **flags), AdamW(theirs.parameters(), **flags)
-    train(ours_, batches(STEPS, dtype), lambda x: (sum(two_losses(ours, x)).backward(), ours_.step()))  # type: ignore[attr-defined]
-    train(theirs_, batches(STEPS, dtype), lambda x: (sum(two_losses(theirs, x)).backward(), theirs_.step()))  # type: ignore[attr-defined]
+    train(ours_, ours, batches(STEPS, dtype), plain=True)
+    train(theirs_, theirs, batches(STEPS, dtype), plain=True)
     assert_same_bits(ours.parameters(), theirs.parameters())
 
 
@@ -145,8 +146,8 @@ def test_dot_adamw_without_delta_is_adamw_on_the_sum(flags: dict[str, Any], dtyp
     ours, theirs = student(dtype), student(dtype)
     dot = DOTAdamW(ours.parameters(), **{"lr": 0.01, "delta": 0.0} | flags)
     adamw = AdamW(theirs.parameters(), **{"lr": 0.01} | flags)
-    train(dot, batches(STEPS, dtype), lambda x: dot.step(two_losses(ours, x)))
-    train(adamw, batches(STEPS, dtype), lambda x: (sum(two_losses(theirs, x)).backward(), adamw.step()))  # type: ignore[attr-defined]
+    train(dot, ours, batches(STEPS, dtype))
+    train(adamw, theirs, batches(STEPS, dtype), plain=True)
     # Two moments rounded apart instead of one; Adam's quotient carries a relative error of the gradient (some eps) over
     # to the step unamplified, lr times 50 steps of it.
     rounding = 50 * 0.01 * 1000 * torch.finfo(dtype).eps
@@ -164,7 +165,7 @@ def test_dot_adamw_without_delta_is_adamw_also_where_losses_come_and_go() -> Non
             losses = {name: losses[name] for name in names}
             optimizer.zero_grad()
             if optimizer is dot:
-                optimizer.step(losses)  # type: ignore[arg-type]
+                optimizer.step(losses)
             else:
                 torch.stack(list(losses.values())).sum().backward()
                 optimizer.step()
@@ -198,7 +199,7 @@ def test_dot_adamw_is_its_equations(foreach: bool) -> None:
         with torch.no_grad():
             for i, p in enumerate(params):
                 own = [g[i] for g in grads]
-                reference_dot_adamw(p, own, m[i], v[i], t, [0.85, 0.95, 0.95])  # type: ignore[arg-type]
+                reference_dot_adamw(p, own, m[i], v[i], t, [0.85, 0.95, 0.95])
     torch.testing.assert_close(flat(model.parameters()), flat(params), rtol=1e-12, atol=1e-13)
 
 
@@ -244,7 +245,7 @@ def test_any_first_step_makes_every_buffer(cls: type[DOTSGD] | type[DOTAdamW]) -
     """A distributed checkpoint is loaded into what a step from zero gradients made."""
     model = student()
     optimizer = cls(model.parameters(), losses=("ce", "kd", "hint"))
-    sum(two_losses(model, batches(1)[0])).backward()  # type: ignore[attr-defined]
+    summed(model, batches(1)[0]).backward()
     optimizer.step()
     for p in model.parameters():
         for name in ("kd", "hint"):
@@ -262,14 +263,14 @@ def test_matched_gain_keeps_the_long_run_weight(nesterov: bool) -> None:
         optimizer.zero_grad()
         optimizer.step([(p * g_i).sum() for g_i in g])
     # 0.975^1000 = 1e-11 of the transient is left.
-    torch.testing.assert_close(p.detach() - before, -sum(g) / (1 - 0.9), rtol=1e-9, atol=0)  # type: ignore[operator]
+    torch.testing.assert_close(p.detach() - before, -sum(g) / (1 - 0.9), rtol=1e-9, atol=0)
 
 
 def test_matched_gain_without_delta_changes_nothing() -> None:
     a, b = student(), student()
     for model, gain in (a, "paper"), (b, "matched"):
         optimizer = DOTSGD(model.parameters(), lr=0.05, delta=0, gain=gain)
-        train(optimizer, batches(10), lambda x, m=model, o=optimizer: o.step(two_losses(m, x)))  # type: ignore[misc]
+        train(optimizer, model, batches(10))
     assert_same_bits(a.parameters(), b.parameters())
 
 

@@ -21,8 +21,9 @@ class PeakMemory(TorchDispatchMode):
     """Bytes of all storages that operations made and that are still alive; remembers the most."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.now: int = 0
+        self.peak: int = 0
         self._seen: set[int] = set()
 
     def _forget(self, key: int, size: int) -> None:
@@ -75,7 +76,8 @@ def peak_of_a_step(optimizer: Any, losses: Callable[[], list[Tensor]], how: str)
     step()
     with PeakMemory() as memory:
         step()
-    return memory.peak
+    peak: int = memory.peak
+    return peak
 
 
 @pytest.mark.parametrize("foreach", [False, True])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from distill_optim import MoKDAdamW, MoKDSGD
-from tests.helpers import assert_same_bits, batches, flat, gradients, k_losses, student, train, two_losses
+from tests.helpers import assert_same_bits, batches, flat, gradients, k_losses, student, summed, train, two_losses
 from tests.test_dot import PLAIN_ADAMW, PLAIN_SGD, STEPS, TwoHeads
 
 BOTH: list[tuple[Any, Any]] = [(MoKDSGD, SGD), (MoKDAdamW, AdamW)]
@@ -23,11 +23,7 @@ def test_untouched_loop_is_the_base(classes: tuple[Any, Any], flags: dict[str, A
     models = student(dtype), student(dtype)
     for cls, model in zip(classes, models, strict=True):
         optimizer = cls(model.parameters(), **flags)
-        train(
-            optimizer,
-            batches(STEPS, dtype),
-            lambda x, m=model, o=optimizer: (sum(two_losses(m, x)).backward(), o.step()),
-        )  # type: ignore[misc]
+        train(optimizer, model, batches(STEPS, dtype), plain=True)
     assert_same_bits(models[0].parameters(), models[1].parameters())
 
 
@@ -52,7 +48,7 @@ def test_equal_losses_give_the_step_of_the_sum(classes: tuple[Any, Any], k: int,
 
 def combined(model: nn.Module, losses: list[Tensor], weights: Tensor) -> Tensor:
     grads = gradients(losses, list(model.parameters()))
-    return torch.stack([flat(g) for g in grads]).T @ weights.to(grads[0][0])  # type: ignore[arg-type]
+    return torch.stack([flat(g) for g in grads]).T @ weights.to(grads[0][0])
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -66,7 +62,7 @@ def test_the_step_is_the_min_norm_point(dominance: str, rescale: bool) -> None:
         reference = student(torch.float64, seed=i)
         model.load_state_dict(reference.state_dict())
         losses = two_losses(reference, x * 10 ** (i % 5 - 2))
-        g = torch.stack([flat(own) for own in gradients(losses, list(reference.parameters()))])  # type: ignore[arg-type]
+        g = torch.stack([flat(own) for own in gradients(losses, list(reference.parameters()))])
         values = torch.stack(losses).detach()
         scale = {"log": 1 / values, "norm": 1 / g.norm(dim=1), "none": torch.ones(2, dtype=torch.float64)}[dominance]
         u = g * scale[:, None]
@@ -92,7 +88,7 @@ def test_a_small_step_worsens_no_loss(k: int) -> None:
     optimizer = MoKDSGD(model.parameters(), lr=1.0, losses=k)
     for x in batches(10, torch.float64):
         before = flat(model.parameters())
-        g = torch.stack([flat(own) for own in gradients(k_losses(model, x, k), list(model.parameters()))])  # type: ignore[arg-type]
+        g = torch.stack([flat(own) for own in gradients(k_losses(model, x, k), list(model.parameters()))])
         optimizer.zero_grad()
         optimizer.step(k_losses(model, x, k))
         direction = before - flat(model.parameters())
@@ -112,13 +108,13 @@ def test_a_parameter_that_one_loss_reaches_takes_its_gradient_as_it_is() -> None
     a, b = gradients(reference(x), list(reference.parameters()))
     optimizer.step(model(x))
     assert optimizer.stats is not None
-    trunk = torch.stack([flat(a[:2]), flat(b[:2])])  # type: ignore[arg-type]
+    trunk = torch.stack([flat(a[:2]), flat(b[:2])])
     torch.testing.assert_close(optimizer.stats.gram, trunk @ trunk.T, rtol=1e-12, atol=0)
     for p, q, g, h in zip(model.parameters(), reference.parameters(), a, b, strict=True):
         if g is None and h is None:
             assert torch.equal(p, q)
         elif g is None or h is None:
-            torch.testing.assert_close(p, q - 0.1 * (g if h is None else h), rtol=1e-14, atol=0)  # type: ignore[operator]
+            torch.testing.assert_close(p, q - 0.1 * (g if h is None else h), rtol=1e-14, atol=0)
         else:
             w = optimizer.stats.weights
             torch.testing.assert_close(p, q - 0.1 * (w[0] * g + w[1] * h), rtol=1e-12, atol=1e-15)
@@ -147,7 +143,7 @@ def test_combine_may_be_a_function() -> None:
     x = batches(1)[0]
     optimizer.step(two_losses(ours, x))
     base = SGD(theirs.parameters(), lr=0.1)
-    sum(two_losses(theirs, x)).backward()  # type: ignore[attr-defined]
+    summed(theirs, x).backward()
     base.step()
     assert seen[0][0].shape == (2, 2)
     assert seen[0][1].dtype == torch.float64
@@ -172,7 +168,7 @@ class CountBackward(torch.autograd.Function):
 
 def counted(model: nn.Sequential, x: Tensor) -> tuple[list[Tensor], Tensor]:
     """Losses of the logits, and the logits, with a counter in the trunk."""
-    hidden = CountBackward.apply(model[0](x))  # type: ignore[no-untyped-call]
+    hidden = CountBackward.apply(model[0](x))  # type: ignore[no-untyped-call]  # torch's
     out = model[2](model[1](hidden))
     return [out.square().mean(), (out - 1).abs().mean(), (out + 1).square().mean()], out
 
@@ -221,7 +217,7 @@ def test_one_backward_leaves_the_heads_their_own_gradient(ahead: str) -> None:
             if g is None and h_ is None:
                 continue
             if g is None or h_ is None:
-                expected = q - 0.1 * (g if h_ is None else h_)  # type: ignore[operator]
+                expected = q - 0.1 * (g if h_ is None else h_)
                 torch.testing.assert_close(p, expected, rtol=1e-10, atol=1e-14)
             else:
                 # 2⁻¹⁶ of the loss without weight is the price of dividing it out again.

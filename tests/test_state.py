@@ -47,7 +47,7 @@ def test_training_goes_on_identically(cls: Any, options: dict[str, Any], how: st
     xs = batches(13)
     straight = Heads()
     optimizer = cls(straight.parameters(), **options)
-    train(optimizer, xs[:6], lambda x: optimizer.step(losses_of(straight, x)))
+    train(optimizer, straight, xs[:6], losses_of)
     if how == "file":
         # weights_only, torch's default: nothing in the state dict needs code to be loaded.
         buffer = io.BytesIO()
@@ -86,12 +86,12 @@ def test_a_checkpoint_of_the_base_loads(cls: Any, base: Any, flags: dict[str, An
     xs = batches(10)
     theirs = student()
     before = base(theirs.parameters(), **flags)
-    train(before, xs[:5], lambda x: (sum(two_losses(theirs, x)).backward(), before.step()))  # type: ignore[attr-defined]
+    train(before, theirs, xs[:5], plain=True)
     ours = copy.deepcopy(theirs)
     after = cls(ours.parameters(), lr=1.0)
     after.load_state_dict(copy.deepcopy(before.state_dict()))
     for model, optimizer in (theirs, before), (ours, after):
-        train(optimizer, xs[5:], lambda x, m=model, o=optimizer: (sum(two_losses(m, x)).backward(), o.step()))  # type: ignore[misc]
+        train(optimizer, model, xs[5:], plain=True)
     assert_same_bits(theirs.parameters(), ours.parameters())
     after.step(two_losses(ours, xs[0]))
 
@@ -123,10 +123,10 @@ def test_a_group_added_later_trains(cls: Any) -> None:
     model = student()
     optimizer = cls(model[2].parameters(), lr=0.01)
     xs = batches(6)
-    train(optimizer, xs[:3], lambda x: optimizer.step(two_losses(model, x)))
+    train(optimizer, model, xs[:3])
     before = [p.detach().clone() for p in model[0].parameters()]
     optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.1})
-    train(optimizer, xs[3:], lambda x: optimizer.step(two_losses(model, x)))
+    train(optimizer, model, xs[3:])
     assert not any(torch.equal(p, q) for p, q in zip(before, model[0].parameters(), strict=True))
 
 

@@ -19,7 +19,7 @@ def test_stats_are_those_of_the_gradients(cls: Any, nesterov: bool) -> None:
     optimizer = cls(model.parameters(), losses=3, **flags)
     for x in batches(3, torch.float64):
         losses = k_losses(model, x, 3)
-        g = torch.stack([flat(own) for own in gradients(losses, list(model.parameters()))])  # type: ignore[arg-type]
+        g = torch.stack([flat(own) for own in gradients(losses, list(model.parameters()))])
         optimizer.zero_grad()
         optimizer.step(losses)
         stats = optimizer.stats

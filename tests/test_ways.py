@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
 from distill_optim import DOTSGD, MoKDAdamW, MoKDSGD, MultiLossClosure, joint_loss
-from tests.helpers import OURS, assert_same_bits, batches, flat, gradients, student, two_losses
+from tests.helpers import OURS, assert_same_bits, batches, flat, gradients, student, summed, two_losses
 
 Way = Callable[[Any, nn.Module, Tensor], Any]
 
@@ -104,7 +105,7 @@ def test_step_leaves_the_sum_in_grad_and_returns_the_losses(cls: Any) -> None:
     x = batches(1, torch.float64)[0]
     reference = [p.grad for p in copy.deepcopy(model).parameters()]
     twin = student(torch.float64)
-    sum(two_losses(twin, x)).backward()  # type: ignore[attr-defined]
+    summed(twin, x).backward()
     reference = [p.grad for p in twin.parameters()]
     losses = two_losses(model, x)
     returned = optimizer.step(losses)
@@ -131,7 +132,7 @@ def test_an_ordinary_closure_has_done_its_own_backward(cls: Any, returned: Any) 
         def closure(model: nn.Module = model, optimizer: Optimizer = optimizer) -> Any:
             optimizer.zero_grad()
             assert torch.is_grad_enabled()
-            sum(two_losses(model, batches(1)[0])).backward()  # type: ignore[attr-defined]
+            summed(model, batches(1)[0]).backward()
             return returned
 
         assert optimizer.step(closure) is returned
@@ -142,13 +143,13 @@ def test_an_ordinary_closure_has_done_its_own_backward(cls: Any, returned: Any) 
 def test_one_loop_compares_them_all() -> None:
     """MultiLossClosure is an ordinary closure for a torch optimizer: zero_grad, sum, backward, the total."""
     models = [student(), student()]
-    optimizers: list[Optimizer] = [SGD(models[0].parameters(), lr=0.1, momentum=0.5), DOTSGD(
+    optimizers: list[Any] = [SGD(models[0].parameters(), lr=0.1, momentum=0.5), DOTSGD(
         models[1].parameters(), lr=0.1, momentum=0.5, delta=0
     )]  # fmt: skip
     totals = []
     for model, optimizer in zip(models, optimizers, strict=True):
         for x in batches(5):
-            total = optimizer.step(MultiLossClosure(lambda m=model, x=x: two_losses(m, x), optimizer))  # type: ignore[misc]
+            total = optimizer.step(MultiLossClosure(partial(two_losses, model, x), optimizer))
         totals.append(total)
         assert not total.requires_grad
     torch.testing.assert_close(*totals, rtol=1e-5, atol=0)
@@ -180,7 +181,7 @@ def test_joint_loss_is_the_sum() -> None:
     losses = two_losses(model, batches(1)[0])
     total = joint_loss(losses, optimizer)
     assert total.shape == ()
-    assert torch.equal(total, sum(losses))  # type: ignore[arg-type]
+    assert torch.equal(total, losses[0] + losses[1])
     with torch.no_grad():
         evaluated = joint_loss(two_losses(model, batches(1)[0]), optimizer)
     assert not evaluated.requires_grad
@@ -193,9 +194,9 @@ def test_joint_loss_may_keep_the_graph(cls: Any) -> None:
     optimizer = cls(model.parameters())
     loss = joint_loss(two_losses(model, batches(1, torch.float64)[0]), optimizer)
     loss.backward(retain_graph=True)
-    once = flat([p.grad for p in model.parameters()])  # type: ignore[misc]
+    once = flat([p.grad for p in model.parameters()])
     loss.backward()
-    torch.testing.assert_close(flat([p.grad for p in model.parameters()]), 2 * once, rtol=1e-14, atol=0)  # type: ignore[misc]
+    torch.testing.assert_close(flat([p.grad for p in model.parameters()]), 2 * once, rtol=1e-14, atol=0)
     with pytest.raises((RuntimeError, ValueError), match=r"second time|freed"):
         loss.backward()
 
@@ -216,11 +217,11 @@ def test_clipping_between_the_phases_acts_on_every_loss(max_norm: float) -> None
         nn.utils.clip_grad_norm_(ours.parameters(), max_norm)
         dot.step()
         own = gradients(two_losses(theirs, x), params)
-        total = torch.stack([(a + b).norm() for a, b in zip(*own, strict=True)]).norm()  # type: ignore[operator]
+        total = torch.stack([(a + b).norm() for a, b in zip(*own, strict=True)]).norm()
         coefficient = (max_norm / (total + 1e-6)).clamp(max=1)
         for single, grads in zip(pair, own, strict=True):
             for p, g in zip(params, grads, strict=True):
-                p.grad = g * coefficient  # type: ignore[operator]
+                p.grad = g * coefficient
             single.step()
     if max_norm > 1:
         assert_same_bits(ours.parameters(), params)
@@ -236,14 +237,14 @@ def test_what_is_done_to_one_parameter_stays_there() -> None:
     optimizer = DOTSGD(model.parameters(), lr=0.1)
     optimizer.backward(two_losses(model, batches(1, torch.float64)[0]))
     grads = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
-    model[0].weight.grad.mul_(0.25)  # type: ignore[union-attr, operator]
+    model[0].weight.grad.mul_(0.25)
     model[0].bias.grad = None
     optimizer.step()
-    assert torch.equal(model[0].bias, before[0].bias)  # type: ignore[arg-type]
+    assert torch.equal(model[0].bias, before[0].bias)
     for layer, factor in (model[0], 0.25), (model[2], 1.0):
         # In the first step the buffers are the gradients, so the step is along their sum.
-        expected = before[0 if factor < 1 else 2].weight - 0.1 * factor * grads[layer.weight]  # type: ignore[operator, index]
-        torch.testing.assert_close(layer.weight.detach(), expected.detach(), rtol=1e-12, atol=1e-14)  # type: ignore[operator]
+        expected = before[0 if factor < 1 else 2].weight - 0.1 * factor * grads[layer.weight]
+        torch.testing.assert_close(layer.weight.detach(), expected.detach(), rtol=1e-12, atol=1e-14)
 
 
 def test_gradients_that_cancel_out_are_not_lost() -> None:
@@ -346,7 +347,7 @@ def test_other_leaves_get_the_gradient_of_the_sum() -> None:
     optimizer.backward(two_losses(model, x))
     ours = [x.grad, *(p.grad for p in model.parameters())]
     twin, y = student(torch.float64), x.detach().clone().requires_grad_()
-    sum(two_losses(twin, y)).backward()  # type: ignore[attr-defined]
+    summed(twin, y).backward()
     for grad, expected in zip(ours, [y.grad, *(p.grad for p in twin.parameters())], strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-13, atol=1e-15)
 
@@ -366,7 +367,7 @@ def test_through_is_taken_by_joint_loss_and_closure() -> None:
 
             optimizer.zero_grad()
             if way == "closure":
-                optimizer.step(MultiLossClosure(fn, optimizer, through=lambda kept=kept: kept[-1]))
+                optimizer.step(MultiLossClosure(fn, optimizer, through=kept.pop))
             elif way == "step":
                 optimizer.step(fn(), through=kept[-1])
             elif way == "joint":

@@ -43,17 +43,24 @@ def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
             first = column[losses[0]]
             assert first is not None
             reached[losses, first.device].append(position)
-    home = next(iter(reached))[1] if reached else torch.device("cpu")
-    total = torch.zeros((k, k), dtype=torch.float64, device=home)
+    if not reached:
+        return torch.zeros((k, k), dtype=torch.float64)
+    home = next(iter(reached))[1]
+    zero = torch.zeros((), dtype=torch.float64, device=home)
+    products: dict[tuple[int, int], Tensor] = {}
     for (losses, device), positions in reached.items():
         bucket = _BUCKET.get(device.type, _BUCKET_ACCELERATOR)
         columns = [_flat_buckets([gradients[i][p] for p in positions], bucket) for i in losses]
         for vectors in zip(*columns, strict=True):
             for a, i in enumerate(losses):
                 for b, j in enumerate(losses[: a + 1]):
-                    total[i, j] += torch.dot(vectors[a], vectors[b]).to(home)
-    # The upper triangle is the lower one: one dot product per pair makes the matrix symmetric to the last bit.
-    return torch.tril(total) + torch.tril(total, -1).mT
+                    product = torch.dot(vectors[a], vectors[b])
+                    if device != home:
+                        product = product.to(home, non_blocking=True)
+                    products[i, j] = products[i, j] + product if (i, j) in products else product
+    # One product per pair: the matrix is symmetric to the last bit.
+    rows = [products.get((max(i, j), min(i, j)), zero) for i in range(k) for j in range(k)]
+    return torch.stack(rows).view(k, k)
 
 
 def _flat_buckets(tensors: Sequence[Tensor | None], bucket: int) -> Iterator[Tensor]:
@@ -63,7 +70,8 @@ def _flat_buckets(tensors: Sequence[Tensor | None], bucket: int) -> Iterator[Ten
     for tensor in tensors:
         assert tensor is not None
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        for piece in real.reshape(-1).split(bucket):
+        flat = real.reshape(-1)
+        for piece in flat.split(bucket) if flat.numel() > bucket else (flat,):
             if filled + piece.numel() > bucket:
                 yield _join(pieces)
                 pieces, filled = [], 0

@@ -102,8 +102,8 @@ class Collected:
         for i, loss in losses.items():
             value = loss.detach()
             if i in self.values:
-                have = self.values[i]
-                value = (have * self._joint_calls + value) / (self._joint_calls + 1) if joint else have + value
+                so_far, calls = self.values[i], self._joint_calls
+                value = (so_far * calls + value) / (calls + 1) if joint else so_far + value
             self.values[i] = value
         self._joint_calls = self._joint_calls + joint
 

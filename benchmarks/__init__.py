@@ -1,0 +1,1 @@
+"""Measurements. Each script is a command of its own: ``python -m benchmarks.step --help``."""
