@@ -97,7 +97,7 @@ class _DOT(MultiLossOptimizer):
             return gram(collected.columns(shared, present))
 
         values = self._values(collected)
-        self.stats = Stats(self._present_names(collected), values, torch.ones_like(values), shared_gram)
+        self._stats = Stats(self._present_names(collected), values, torch.ones_like(values), shared_gram)
 
 
 class DOTSGD(_DOT, SGD):
@@ -192,8 +192,8 @@ class DOTSGD(_DOT, SGD):
         present, keys = collected.present, self._keys()
         if any(group["nesterov"] for group in self.param_groups):
             # torch's foreach path of Nesterov writes into the gradients, so what is to be read off them is read now.
-            assert self.stats is not None
-            _ = self.stats.gram
+            assert self._stats is not None
+            _ = self._stats.gram
         for group in self.param_groups:
             momenta = self._memory_per_loss(group)
             params = collected.reached(group["params"])

@@ -59,7 +59,7 @@ class _MoKD(MultiLossOptimizer):
             if sharing:
                 among = self._weights(_rows(_rows(gram, sharing), sharing, -1), _rows(losses, sharing))
                 weights = weights.index_put((_on(sharing, losses.device),), among.to(losses.device))
-        self.stats = Stats(self._present_names(collected), losses, weights, gram)
+        self._stats = Stats(self._present_names(collected), losses, weights, gram)
 
         gradients: dict[Tensor, Tensor] = {}
         if shared:
@@ -86,8 +86,8 @@ class _MoKD(MultiLossOptimizer):
     def _plain_step(self) -> None:
         super()._plain_step()
         if self._ahead is not None:
-            self.stats, self._ahead = self._ahead, None
-            self._schedule(refreshed=self.stats.weights is not self.param_groups[0].get("every_weights"))
+            self._stats, self._ahead = self._ahead, None
+            self._schedule(refreshed=self._stats.weights is not self.param_groups[0].get("every_weights"))
 
     # ---------------------------------------------------------------- weights known before the backward pass
 
@@ -127,13 +127,13 @@ class _MoKD(MultiLossOptimizer):
         """Statistics with the weights, and what one loss alone reaches, where they need no full backward passes."""
         group = self.param_groups[0]
         names = tuple(self._names[i] for i in losses)
-        device = group["params"][0].device
+        device = self._home()
         if 0 < group.get("every_count", 0) < group["every"] and group["every_names"] == names:
             weights = group["every_weights"].to(device)
             group["every_weights"] = weights
             if self._alone is None:
                 self._alone = reached_alone({i: leaves_above([loss]) for i, loss in losses.items()}, self._params())
-            last = None if self.stats is None or self.stats.names != names else self.stats.gram
+            last = None if self._stats is None or self._stats.names != names else self._stats.gram
             return Stats(names, values(list(losses.values()), device), weights, last), self._alone
         if through is None:
             return None
@@ -179,14 +179,14 @@ class _MoKD(MultiLossOptimizer):
         group = self.param_groups[0]
         if group["every"] == 1:
             return
-        assert self.stats is not None
+        assert self._stats is not None
         if refreshed:
-            group.update(every_count=1, every_names=self.stats.names, every_weights=self.stats.weights)
+            group.update(every_count=1, every_names=self._stats.names, every_weights=self._stats.weights)
         else:
             group["every_count"] += 1
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
+    def _forget(self) -> None:
+        super()._forget()
         self._ahead = None
 
 

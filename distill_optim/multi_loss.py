@@ -32,8 +32,8 @@ class MultiLossOptimizer(Optimizer):
     Meant to stand before the torch optimizer among the bases: ``class DOTSGD(MultiLossOptimizer, SGD)``. A subclass
     says which torch optimizer does the plain step (``_base``), and what to do with several losses (``_update``).
 
-    Attributes:
-        stats: what the last step over several losses saw and did; None before the first.
+    A framework's wrapper may be a subclass made on the fly with a copy of this object's attributes (Lightning's is), so
+    what is called on it is passed on to the optimizer inside.
     """
 
     _base: ClassVar[type[Optimizer]]
@@ -41,7 +41,13 @@ class MultiLossOptimizer(Optimizer):
     # for the whole optimizer.
     _per_optimizer: ClassVar[tuple[str, ...]] = ("losses", "process_group")
 
-    stats: Stats | None = None
+    _stats: Stats | None = None
+
+    @property
+    def stats(self) -> Stats | None:
+        """What the last step over several losses saw and did; None before the first."""
+        inner: MultiLossOptimizer = unwrap(self)
+        return inner._stats
 
     def _set_options(self, **options: Any) -> None:
         """Options beside those of the torch optimizer; to be called before its constructor, which adds the groups."""
@@ -139,6 +145,10 @@ class MultiLossOptimizer(Optimizer):
         Raises:
             TypeError, ValueError: as :meth:`step`.
         """
+        inner = unwrap(self)
+        if inner is not self:
+            inner.backward(losses, scaler, through)
+            return
         scale = None
         if scaler is not None:
             given = next(iter(losses.values() if isinstance(losses, Mapping) else losses), None)
@@ -153,10 +163,17 @@ class MultiLossOptimizer(Optimizer):
         Args:
             set_to_none: as in ``torch.optim.Optimizer.zero_grad``.
         """
+        inner = unwrap(self)
+        if inner is not self:
+            inner.zero_grad(set_to_none)
+            return
         super().zero_grad(set_to_none)
+        self._forget()
+
+    def _forget(self) -> None:
         self._collected = Collected(len(self._names))
-        if self.stats is not None:
-            self.stats.release()
+        if self._stats is not None:
+            self._stats.release()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, with the options checked."""
@@ -241,8 +258,8 @@ class MultiLossOptimizer(Optimizer):
         check_losses(indexed, self._names)
         self._refuse_processes()
         self._collected.check()
-        if self.stats is not None:
-            self.stats.release()
+        if self._stats is not None:
+            self._stats.release()
         self._collect(indexed, scale=scale, through=through, joint=joint, retain_graph=retain_graph)
 
     def _collect(
@@ -267,10 +284,12 @@ class MultiLossOptimizer(Optimizer):
         step(self)
 
     def _values(self, collected: Collected) -> Tensor:
-        """Values of the losses that were given, on the device of the first parameter."""
-        device = self.param_groups[0]["params"][0].device
-        given = [collected.values[i] for i in collected.present]
-        return values(given, device)
+        """Values of the losses that were given."""
+        return values([collected.values[i] for i in collected.present], self._home())
+
+    def _home(self) -> torch.device:
+        """The device of the first parameter, where statistics live."""
+        return next((p.device for p in self._params()), torch.device("cpu"))
 
     def _present_names(self, collected: Collected) -> list[str]:
         return [self._names[i] for i in collected.present]

@@ -175,6 +175,31 @@ def test_wrapped_optimizers_are_unwrapped() -> None:
     assert_same_bits(model.parameters(), twin.parameters())
 
 
+@pytest.mark.parametrize("cls", OURS)
+def test_a_wrapper_that_is_a_subclass_with_copied_attributes_passes_on(cls: Any) -> None:
+    """The shape of Lightning's: what is written on such an object never reaches the optimizer."""
+    a, b = student(), student()
+    optimizer, other = cls(a.parameters(), lr=0.01), cls(b.parameters(), lr=0.01)
+
+    class Copied(cls):  # type: ignore[misc]  # a base that only the test knows
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k != "step"})
+            self.optimizer = optimizer
+
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            return self.optimizer.step(*args, **kwargs)
+
+    wrapped = Copied(optimizer)
+    for x in batches(3):
+        wrapped.zero_grad()
+        wrapped.backward(two_losses(a, x))
+        wrapped.step()
+        other.zero_grad()
+        other.step(two_losses(b, x))
+    assert_same_bits(a.parameters(), b.parameters())
+    assert wrapped.stats is optimizer.stats is not None
+
+
 def test_joint_loss_is_the_sum() -> None:
     model = student()
     optimizer = DOTSGD(model.parameters())
