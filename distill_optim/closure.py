@@ -138,5 +138,4 @@ class _Joint(torch.autograd.Function):
         losses, optimizer, through = ctx.packed
         keep_graph: bool = torch._C._autograd._get_current_graph_task_keep_graph()
         optimizer._backward(losses, scale=grads[0], through=through, joint=True, retain_graph=keep_graph)
-        optimizer._collected.remember_norms()
         return (None,) * 3

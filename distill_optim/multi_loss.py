@@ -118,7 +118,8 @@ class MultiLossOptimizer(Optimizer):
         elif through is not None:
             raise ValueError("through: it needs the losses in the same call; give them to step, or it to backward")
         elif self._collected:
-            self._collected.rescale()
+            with torch.no_grad():
+                self._collected.follow({p: p.grad for p in self._params() if p.grad is not None})
         if self._collected:
             with torch.no_grad():
                 self._update(self._collected)
@@ -131,9 +132,11 @@ class MultiLossOptimizer(Optimizer):
         """Collects the gradient of every loss, for a later :meth:`step`.
 
         Called again before the step, it adds to what is there: micro-batches. ``.grad`` is left as
-        ``sum(losses).backward()`` would have left it, and what is done to it in place before the step (unscaling,
-        clipping, division by the number of micro-batches), parameter by parameter, reaches every loss's gradient.
-        A parameter whose ``.grad`` is set to None is left out of the step.
+        ``sum(losses).backward()`` would have left it. If it is a multiple of that by the time of the step (unscaled,
+        clipped, divided by the number of micro-batches), every loss's gradient is multiplied in the same way, parameter
+        by parameter. If it is anything else (another loss walked back on top, a clamp, noise), the losses that reach
+        the parameter share it equally, which is the step of the summed loss. A parameter whose ``.grad`` is None is
+        left out.
 
         Args:
             losses: scalar losses: a list or tuple in the order of ``losses=``, or a mapping by name.
@@ -155,7 +158,8 @@ class MultiLossOptimizer(Optimizer):
             device = given.device if isinstance(given, Tensor) else torch.device("cpu")
             scale = scaler.scale(torch.ones((), device=device))
         self._backward(losses, scale=scale, through=through)
-        self._collected.remember_norms()
+        with torch.no_grad():
+            self._collected.remember()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets all gradients: ``.grad``, and those collected per loss.
@@ -257,7 +261,6 @@ class MultiLossOptimizer(Optimizer):
         indexed = by_index(losses, self._names)
         check_losses(indexed, self._names)
         self._refuse_processes()
-        self._collected.check()
         if self._stats is not None:
             self._stats.release()
         self._collect(indexed, scale=scale, through=through, joint=joint, retain_graph=retain_graph)
@@ -272,9 +275,27 @@ class MultiLossOptimizer(Optimizer):
         retain_graph: bool,
     ) -> None:
         """One backward pass per loss."""
-        gradients, before = backward_each(losses, self._params(), self._names, scale=scale, retain_graph=retain_graph)
-        with torch.no_grad():
-            self._collected.add(gradients, before, losses, joint=joint)
+        params = self._params()
+        gradients, before = backward_each(losses, params, self._names, scale=scale, retain_graph=retain_graph)
+
+        def finish(before: Mapping[Tensor, Tensor]) -> None:
+            with torch.no_grad():
+                self._collected.add(gradients, before, losses, joint=joint)
+
+        if not joint:
+            finish(before)
+            return
+
+        # A joint loss is walked back in the middle of somebody's backward pass, in which other losses may leave their
+        # gradients in .grad too; what they leave belongs to no loss by name, and is known when that pass ends.
+        def at_the_end() -> None:
+            finish({p: p.grad for p in params if p.grad is not None})
+            with torch.no_grad():
+                self._collected.remember()
+
+        for p, grad in before.items():
+            p.grad = grad
+        torch.autograd.Variable._execution_engine.queue_callback(at_the_end)
 
     def _base_step(self) -> None:
         """The torch optimizer's step from ``.grad``, without its hooks, which are already around ours."""

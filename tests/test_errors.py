@@ -196,17 +196,6 @@ def test_mokd_refuses_a_wrong_through(cls: Any) -> None:
         optimizer.backward(given, through=out)
 
 
-@pytest.mark.parametrize("cls", OURS)
-def test_a_replaced_grad_is_refused(cls: Any) -> None:
-    """Nobody knows any more what it is a multiple of."""
-    model, optimizer = partly_trained(cls)
-    model[0].weight.grad = torch.ones_like(model[0].weight)
-    with refused(optimizer, ValueError, ".grad", "replaced", "zero_grad"):
-        optimizer.step()
-    with refused(optimizer, ValueError, ".grad", "replaced"):
-        optimizer.backward(two_losses(model, batches(1)[0]))
-
-
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("cls", OURS)
 def test_a_scaler_with_nothing_collected_is_refused(cls: Any, fused: bool | None) -> None:

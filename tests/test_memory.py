@@ -89,10 +89,11 @@ def test_a_step_takes_at_most_k_more_gradient_sets(
 ) -> None:
     """One set per loss beside the sum in .grad; the combination and the update need none of their own.
 
-    Besides, the Gram matrix is taken in K buckets of a fixed size, here made as small beside the model as they are
-    beside a real one.
+    Besides, the Gram matrix is taken, and .grad compared, in buckets of a fixed size, here made as small beside the
+    model as they are beside a real one.
     """
-    monkeypatch.setitem(sys.modules["distill_optim.combine.gram"].__dict__, "_BUCKET", {"cpu": 256})
+    monkeypatch.setitem(sys.modules["distill_optim.combine.gram"].__dict__, "_BUCKET", {"cpu": 512})
+    monkeypatch.setattr("distill_optim.gradients.collected._BUCKET", 4096)
     flags: dict[str, Any] = {"foreach": foreach} | ({"momentum": 0.5} if base is SGD else {})
     model, losses, size = wide(k)
     plain = peak_of_a_step(base(model.parameters(), **flags), losses, "plain")

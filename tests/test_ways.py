@@ -285,24 +285,104 @@ def test_gradients_that_cancel_out_are_not_lost() -> None:
     torch.testing.assert_close(p.detach(), torch.full((3,), 1 + 0.1 * 0.1))
 
 
-def test_a_gradient_of_no_name_joins_the_first_loss_that_reaches_the_parameter() -> None:
-    """A regulariser walked back the ordinary way before: as under torch, it is part of the step."""
-    model = student(torch.float64)
-    twin = copy.deepcopy(model)
-    x = batches(1, torch.float64)[0]
+def regulariser(model: nn.Module) -> Tensor:
+    return 0.1 * torch.stack([p.square().sum() for p in model.parameters()]).sum()
 
-    def regulariser(m: nn.Module) -> Tensor:
-        return torch.stack([p.square().sum() for p in m.parameters()]).sum()
 
-    a, b = DOTSGD(model.parameters(), lr=0.1), DOTSGD(twin.parameters(), lr=0.1)
-    for _ in range(3):
+@pytest.mark.parametrize("way", ["before", "in the same pass", "in the same pass, first"])
+@pytest.mark.parametrize("cls", OURS)
+def test_a_loss_of_no_name_is_shared_by_those_with_one(cls: Any, way: str) -> None:
+    """A regulariser walked back the ordinary way is part of the step, as under torch; half of it for either loss."""
+    ours, named = student(torch.float64), student(torch.float64)
+    a, b = cls(ours.parameters(), lr=0.01), cls(named.parameters(), lr=0.01)
+    for x in batches(3, torch.float64):
         a.zero_grad()
-        regulariser(model).backward()
-        a.step(two_losses(model, x))
+        if way == "before":
+            regulariser(ours).backward()
+            a.step(two_losses(ours, x))
+        elif way == "in the same pass":
+            (joint_loss(two_losses(ours, x), a) + regulariser(ours)).backward()
+            a.step()
+        else:
+            (regulariser(ours) + joint_loss(two_losses(ours, x), a)).backward()
+            a.step()
         b.zero_grad()
-        task, distill = two_losses(twin, x)
-        b.step([task + regulariser(twin), distill])
-    torch.testing.assert_close(flat(model.parameters()), flat(twin.parameters()), rtol=1e-12, atol=1e-14)
+        half = regulariser(named) / 2
+        task, distill = two_losses(named, x)
+        # Its value is not theirs: dominance looks at the losses that were named.
+        b.step([task + (half - half.detach()), distill + (half - half.detach())])
+    torch.testing.assert_close(flat(ours.parameters()), flat(named.parameters()), rtol=1e-11, atol=1e-13)
+
+
+def add_noise(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad += 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+def mask_rows(model: Any) -> None:
+    model[0].weight.grad[:4] = 0
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "another backward": lambda m: regulariser(m).backward(),
+    "a clamp": lambda m: nn.utils.clip_grad_value_(m.parameters(), 0.01),
+    "noise": add_noise,
+    "masked rows": mask_rows,
+    "another tensor": lambda m: setattr(m[0].weight, "grad", torch.ones_like(m[0].weight)),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("phases", ["backward", "joint"])
+def test_an_edit_that_is_no_factor_gives_the_plain_step(edit: str, phases: str) -> None:
+    """Nobody can tell the losses apart in such a .grad, so the step is along .grad itself, along nothing else."""
+    model = student(torch.float64)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = DOTSGD(model.parameters(), lr=0.1)
+    losses = two_losses(model, batches(1, torch.float64)[0])
+    if phases == "joint":
+        joint_loss(losses, optimizer).backward()
+    else:
+        optimizer.backward(losses)
+    EDITS[edit](model)
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    for name, p in model.named_parameters():
+        # In the first step the buffers are the gradients, so the step is along their sum.
+        torch.testing.assert_close(p.detach(), start[name] - 0.1 * grads[name], rtol=1e-12, atol=1e-14)
+
+
+def test_a_factor_is_followed_out_of_place_too() -> None:
+    a, b = student(), student()
+    first, second = DOTSGD(a.parameters(), lr=0.1), DOTSGD(b.parameters(), lr=0.1)
+    for x in batches(3):
+        for model, optimizer in (a, first), (b, second):
+            optimizer.zero_grad()
+            optimizer.backward(two_losses(model, x))
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            p.grad = p.grad / 4
+            q.grad /= 4
+        first.step()
+        second.step()
+    assert_same_bits(a.parameters(), b.parameters())
+
+
+def test_cancelled_gradients_are_unscaled_like_the_others() -> None:
+    """Where .grad is zero there is nothing to read a factor off; the rest of the model tells it."""
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = DOTSGD([p, q], lr=0.1, momentum=0.9, delta=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward([p.sum() + q.sum(), q.sum() - p.sum()], scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+    # v = ±1, then ±(μ ∓ Δ + 1): the second step is along 1.85 − 1.95.
+    torch.testing.assert_close(p.detach(), torch.full((3,), 1 + 0.1 * 0.1))
 
 
 @pytest.mark.parametrize("cls", OURS)

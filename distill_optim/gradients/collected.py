@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Key = TypeVar("Key", bound=Hashable)
+
+# Elements of .grad that are compared at a time with the sum of what was collected.
+_BUCKET = 1 << 20
+
 
 class Collected:
     """One gradient per loss and parameter, beside the ordinary ``.grad`` that holds their sum.
-
-    What happens to ``.grad`` in place between the backward passes and the step (unscaling, clipping, division by
-    the number of micro-batches) is read off it, parameter by parameter, as the ratio of its norm now to its norm
-    then, and applied to every loss's gradient.
 
     Attributes:
         gradients: per loss the gradient of each parameter that it reaches.
@@ -25,7 +27,6 @@ class Collected:
         self.gradients: list[dict[Tensor, Tensor]] = [{} for _ in range(k)]
         self.values: dict[int, Tensor] = {}
         self._joint_calls: Tensor | int = 0
-        self._left: dict[Tensor, Tensor] = {}
         self._norms: dict[Tensor, Tensor] = {}
 
     def __bool__(self) -> bool:
@@ -44,20 +45,6 @@ class Collected:
         """The gradients as one list per loss, None where a loss does not reach a parameter."""
         return [[self.gradients[i].get(p) for p in params] for i in losses]
 
-    def check(self) -> None:
-        """Refuses a ``.grad`` that somebody replaced, because then nobody knows what it is a multiple of.
-
-        Raises:
-            ValueError: if there is one.
-        """
-        for p, left in self._left.items():
-            if p.grad is not None and p.grad is not left:
-                raise ValueError(
-                    f"the .grad of a parameter of shape {tuple(p.shape)} was replaced after the gradients of several "
-                    "losses were collected; change .grad in place (p.grad.mul_(...)), or call optimizer.zero_grad() "
-                    "before another backward pass"
-                )
-
     def add(
         self,
         gradients: Mapping[int, dict[Tensor, Tensor]],
@@ -74,18 +61,11 @@ class Collected:
             losses: the losses, for their values.
             joint: whether they came through a joint loss.
         """
+        if self:
+            self.follow(before)
+        known = {p for own in self.gradients for p in own}
         summed = _sum(gradients)
-        if self._left:
-            self._follow(before)
-        # A .grad that is not ours belongs to no loss by name: it joins the first that reaches the parameter, as
-        # weight decay does, and makes its gradient where none does (zeros, after zero_grad(set_to_none=False)).
-        for p, grad in before.items():
-            if p not in self._left:
-                own = next((own for own in gradients.values() if p in own), None)
-                if own is None:
-                    next(iter(gradients.values()))[p] = grad.clone()
-                else:
-                    own[p].add_(grad)
+        _share({p: g for p, g in before.items() if p not in known}, gradients)
         for i, own in gradients.items():
             have = self.gradients[i]
             again = [p for p in own if p in have]
@@ -95,10 +75,8 @@ class Collected:
         again = [p for p in summed if p in before]
         if again:
             torch._foreach_add_([before[p] for p in again], [summed[p] for p in again])
-        self._left = {**summed, **before}
-        for p, left in self._left.items():
-            p.grad = left
-        self._norms = {}
+        for p, grad in {**summed, **before}.items():
+            p.grad = grad
         for i, loss in losses.items():
             value = loss.detach()
             if i in self.values:
@@ -107,52 +85,108 @@ class Collected:
             self.values[i] = value
         self._joint_calls = self._joint_calls + joint
 
-    def remember_norms(self) -> None:
-        """Takes down how long ``.grad`` is now, for a step that comes later."""
-        self._norms = _norms(self._left)
+    def remember(self) -> None:
+        """Takes down how long ``.grad`` is now, for :meth:`follow`."""
+        self._norms = _norms({p: p.grad for own in self.gradients for p in own if p.grad is not None})
 
-    def rescale(self) -> None:
-        """Applies to every loss's gradient what was done to ``.grad`` since :meth:`remember_norms`."""
-        self.check()
-        self._drop([p for p in self._left if p.grad is None])
-        factors = self._factors(self._left)
-        for own in self.gradients:
-            if own:
-                torch._foreach_mul_(list(own.values()), [factors[p] for p in own])
+    def follow(self, grads: Mapping[Tensor, Tensor]) -> None:
+        """Makes the collected gradients add up to what ``.grad`` is now.
 
-    def _follow(self, grads: Mapping[Tensor, Tensor]) -> None:
-        """:meth:`rescale` ahead of another round; a ``.grad`` set to zero starts afresh."""
-        self._drop([p for p in self._left if p not in grads])
-        factors = self._factors(self._left)
-        # Not products alone: after an overflow what is to be forgotten may be infinite.
+        If that is a multiple of what :meth:`remember` saw (unscaled, clipped, divided by the number of micro-batches),
+        parameter by parameter, then every loss's gradient is multiplied in the same way. If it is anything else
+        (noise, another backward pass, a clamp, zeros), nobody can tell the losses apart in it, and each that reaches
+        the parameter takes an equal share: the step of the summed loss. A parameter without ``.grad`` is dropped.
+
+        Args:
+            grads: the present ``.grad`` of each parameter that has one.
+        """
         for own in self.gradients:
-            for p, gradient in own.items():
-                own[p] = torch.where(factors[p] == 0, 0, gradient).mul_(factors[p])
-        if not factors:
+            for p in [p for p in own if p not in grads or p not in self._norms]:
+                del own[p]
+        params = [p for p in grads if any(p in own for own in self.gradients)]
+        if not params:
             self.values.clear()
             self._joint_calls = 0
             return
-        home = next(iter(factors.values())).device
-        afresh = torch.stack([factor.to(home) == 0 for factor in factors.values()]).all()
+        home = params[0].device
+
+        def column(norms: Mapping[Tensor, Tensor]) -> Tensor:
+            zero = torch.zeros((), dtype=torch.float64, device=home)
+            return torch.stack([norms[p].to(home, torch.float64) if p in norms else zero for p in params])
+
+        now, then = column(_norms({p: grads[p] for p in params})), column(self._norms)
+        parts = torch.stack([column(_norms(own)) for own in self.gradients]).sum(0)
+        # What rounding may do to a sum of gradients of these lengths, in micro-batches and in this precision.
+        rounding = torch.stack([torch.full((), _rounding(grads[p].dtype), device=home) for p in params]).double()
+        # Where the gradients cancel out in the sum, its length says nothing; there the rest of the model speaks.
+        legible = (then > rounding * parts) & torch.isfinite(then)
+        common = (now.square() * legible).nansum() / (then.square() * legible).nansum()
+        factors = torch.where(legible, now / then, torch.where(legible.any(), common.sqrt(), 1))
+        residuals = column(self._residuals(params, grads, factors.unbind()))
+        followed = residuals <= rounding * (now + factors * parts)
+        for n, p in enumerate(params):
+            owns = [own for own in self.gradients if p in own]
+            for own in owns:
+                # In place, and not by products alone: what is to be forgotten may be infinite.
+                gradient = own[p].mul_(factors[n])
+                torch.where(followed[n], gradient, grads[p], out=gradient)
+                if len(owns) > 1:
+                    gradient.mul_(torch.where(followed[n], 1, 1 / len(owns)))
+        afresh = (now == 0).all()
         self.values = {i: torch.where(afresh.to(v.device), 0, v) for i, v in self.values.items()}
         self._joint_calls = torch.where(afresh, 0, self._joint_calls)
 
-    def _drop(self, params: Sequence[Tensor]) -> None:
-        for p in params:
-            del self._left[p]
-            for own in self.gradients:
-                own.pop(p, None)
+    def _residuals(
+        self, params: Sequence[Tensor], grads: Mapping[Tensor, Tensor], factors: Sequence[Tensor]
+    ) -> dict[Tensor, Tensor]:
+        """How far each ``.grad`` is from its factor times the sum of the collected gradients."""
+        squares: dict[Tensor, Tensor] = {}
+        for run in self._runs(params, grads, factors):
+            sums = list(torch._foreach_mul([own[0] for _, _, _, own in run], 1))
+            for i in range(1, len(self.gradients)):
+                again = [n for n, (_, _, _, own) in enumerate(run) if len(own) > i]
+                if again:
+                    torch._foreach_add_([sums[n] for n in again], [run[n][3][i] for n in again])
+            torch._foreach_mul_(sums, [factor for _, _, factor, _ in run])
+            torch._foreach_sub_(sums, [grad for _, grad, _, _ in run])
+            for (p, _, _, _), norm in zip(run, _norms(dict(enumerate(sums))).values(), strict=True):
+                square = norm.double().square()
+                squares[p] = squares[p] + square if p in squares else square
+        return {p: square.sqrt() for p, square in squares.items()}
 
-    def _factors(self, grads: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        now = _norms(grads)
-        factors = {}
-        for p, after in now.items():
-            before = self._norms[p]
-            # 0/0 is 1: gradients that cancel out in the sum were not rescaled by anybody. Nor is there anything to
-            # read off a norm that is not finite; what becomes of such a step is the caller's or the scaler's affair.
-            known = (before > 0) & torch.isfinite(before)
-            factors[p] = torch.where(known, after / before, ((before == 0) | (after != 0)).to(after))
-        return factors
+    def _runs(
+        self, params: Sequence[Tensor], grads: Mapping[Tensor, Tensor], factors: Sequence[Tensor]
+    ) -> Iterator[list[tuple[Tensor, Tensor, Tensor, list[Tensor]]]]:
+        """Parameter, .grad, factor and the losses' gradients, in pieces, at most a bucket of elements at a time."""
+        run: list[tuple[Tensor, Tensor, Tensor, list[Tensor]]] = []
+        filled = 0
+        for p, factor in zip(params, factors, strict=True):
+            tensors = [grads[p], *(own[p] for own in self.gradients if p in own)]
+            if p.numel() > _BUCKET and all(t.is_contiguous() for t in tensors):
+                pieces = list(zip(*(t.view(-1).split(_BUCKET) for t in tensors), strict=True))
+            else:
+                pieces = [tuple(tensors)]
+            for grad, *own in pieces:
+                if run and filled + grad.numel() > _BUCKET:
+                    yield run
+                    run, filled = [], 0
+                run.append((p, grad, factor, own))
+                filled += grad.numel()
+        if run:
+            yield run
+
+
+def _share(nameless: Mapping[Tensor, Tensor], gradients: Mapping[int, dict[Tensor, Tensor]]) -> None:
+    """Gives a ``.grad`` of no loss's name to the losses that reach the parameter, in equal parts.
+
+    Where none does it becomes the first loss's: zeros after ``zero_grad(set_to_none=False)`` still decay a weight.
+    """
+    for p, grad in nameless.items():
+        reaching = [own for own in gradients.values() if p in own]
+        for own in reaching:
+            own[p].add_(grad, alpha=1 / len(reaching))
+        if not reaching:
+            next(iter(gradients.values()))[p] = grad.clone()
 
 
 def _sum(gradients: Mapping[int, dict[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
@@ -162,9 +196,8 @@ def _sum(gradients: Mapping[int, dict[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
     for own in gradients.values():
         fresh = [p for p in own if p in borrowed]
         if fresh:
-            total.update(
-                zip(fresh, torch._foreach_add([total[p] for p in fresh], [own[p] for p in fresh]), strict=True)
-            )
+            sums = torch._foreach_add([total[p] for p in fresh], [own[p] for p in fresh])
+            total.update(zip(fresh, sums, strict=True))
         again = [p for p in own if p in total and p not in borrowed]
         if again:
             torch._foreach_add_([total[p] for p in again], [own[p] for p in again])
@@ -175,12 +208,17 @@ def _sum(gradients: Mapping[int, dict[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
     return {p: g.clone() if p in borrowed else g for p, g in total.items()}
 
 
-def _norms(grads: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+def _norms(grads: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     """Lengths, at least in float32: a norm in half precision overflows at 65504 and has three digits."""
-    norms: dict[Tensor, Tensor] = {}
+    norms: dict[Key, Tensor] = {}
     for half in (False, True):
         mine = [p for p, g in grads.items() if (g.dtype in (torch.float16, torch.bfloat16)) is half]
         real = [torch.view_as_real(g) if g.is_complex() else g for g in (grads[p] for p in mine)]
         if real:
             norms.update(zip(mine, torch._foreach_norm(real, 2, torch.float32 if half else None), strict=True))
-    return norms
+    return {p: norms[p] for p in grads}
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """256 units in the last place, but no more than a twentieth."""
+    return min(256 * torch.finfo(dtype).eps, 0.05)
