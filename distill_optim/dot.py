@@ -130,7 +130,8 @@ class DOTSGD(_DOT, SGD):
         momentums: momenta by name, in place of μ ∓ Δ, for some losses or all.
         gain: ``"paper"`` or ``"matched"``.
         maximize, foreach, differentiable, fused: as in ``torch.optim.SGD``.
-        process_group: processes over which gradients are averaged: ``"auto"``, None (never) or a group.
+        process_group: ``"auto"`` or a group: several losses are refused while more than one process runs, because
+            their gradients are not averaged yet; None: the processes are taken as independent.
 
     Raises:
         ValueError: for a value out of range; see also :meth:`step`.
@@ -226,9 +227,9 @@ class DOTAdamW(_DOT, AdamW):
     r"""AdamW with a first moment per loss (DOT carried over to Adam).
 
     .. math::
-        m_i \leftarrow \beta_{1i} m_i + (1-\beta_{1i}) \nabla L_i, \quad
-        v \leftarrow \beta_2 v + (1-\beta_2) \Bigl(\sum_i \nabla L_i\Bigr)^2, \quad
-        \theta \leftarrow (1 - \gamma\lambda)\theta - \gamma \sum_i \hat m_i / (\sqrt{\hat v} + \epsilon)
+        m_i &\leftarrow \beta_{1i} m_i + (1-\beta_{1i}) \nabla L_i, \qquad
+        v \leftarrow \beta_2 v + (1-\beta_2) \Bigl(\sum_i \nabla L_i\Bigr)^2 \\
+        \theta &\leftarrow (1 - \gamma\lambda)\theta - \gamma \sum_i \hat m_i / (\sqrt{\hat v} + \epsilon)
 
     with :math:`\beta_{1,\text{task}} = \beta_1 - \Delta` and :math:`\beta_1 + \Delta` for every other loss, each first
     moment corrected for its own bias. Δ = 0 is AdamW on the sum. Because a moment of Adam is a mean, Δ changes a loss's
@@ -250,7 +251,8 @@ class DOTAdamW(_DOT, AdamW):
         delta: Δ.
         beta1s: β₁ by name, in place of β₁ ∓ Δ, for some losses or all.
         maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.AdamW``.
-        process_group: processes over which gradients are averaged: ``"auto"``, None (never) or a group.
+        process_group: ``"auto"`` or a group: several losses are refused while more than one process runs, because
+            their gradients are not averaged yet; None: the processes are taken as independent.
 
     Raises:
         ValueError: for a value out of range; see also :meth:`step`.

@@ -225,7 +225,8 @@ class MoKDSGD(_MoKD, SGD):
             for the summed loss keeps its meaning and equal gradients give the summed loss's step.
         every: new weights in every so many steps; the steps between walk back the weighted sum, once.
         maximize, foreach, differentiable, fused: as in ``torch.optim.SGD``.
-        process_group: processes over which gradients are averaged: ``"auto"``, None (never) or a group.
+        process_group: ``"auto"`` or a group: several losses are refused while more than one process runs, because
+            their gradients are not averaged yet; None: the processes are taken as independent.
 
     Raises:
         ValueError: for a value out of range; see also :meth:`step`.
@@ -296,7 +297,8 @@ class MoKDAdamW(_MoKD, AdamW):
         lr, betas, eps, weight_decay, amsgrad: as in ``torch.optim.AdamW``, on the combined gradient.
         losses, combine, dominance, rescale, every: as in :class:`MoKDSGD`.
         maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.AdamW``.
-        process_group: processes over which gradients are averaged: ``"auto"``, None (never) or a group.
+        process_group: ``"auto"`` or a group: several losses are refused while more than one process runs, because
+            their gradients are not averaged yet; None: the processes are taken as independent.
 
     Raises:
         ValueError: for a value out of range; see also :meth:`step`.
