@@ -97,6 +97,7 @@ def weights(
     shares = method(combine)(gram * torch.outer(scales, scales), losses).to(gram)
     if not rescale:
         return shares * scales
-    # Relative scales first: equal ones are exactly 1 then, and so are the weights of equal gradients.
+    # Relative to the largest first: equal ones are exactly 1 then, and so are the weights of equal gradients.
     raw = shares * (scales / scales.amax())
+    raw = raw / raw.abs().amax()
     return raw * (raw.numel() / raw.sum())
