@@ -93,12 +93,10 @@ class MultiLossOptimizer(Optimizer):
             TypeError, ValueError: for losses or options that cannot be right. Parameters, buffers and collected
                 gradients are as before then.
         """
-        for group in self.param_groups:
-            self._check_group(group)
         losses: Losses | None = None
         returned: Any = None
         if is_losses(closure):
-            losses, returned = closure, None
+            losses = closure
         elif callable(closure):
             owner = getattr(closure, "optimizer", None)
             if isinstance(owner, Optimizer) and unwrap(owner) is not self:
@@ -118,6 +116,7 @@ class MultiLossOptimizer(Optimizer):
         elif through is not None:
             raise ValueError("through: it needs the losses in the same call; give them to step, or it to backward")
         elif self._collected:
+            self._check_groups()
             with torch.no_grad():
                 self._collected.follow({p: p.grad for p in self._params() if p.grad is not None})
         if self._collected:
@@ -226,9 +225,12 @@ class MultiLossOptimizer(Optimizer):
     # ---------------------------------------------------------------- what a subclass says
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        """Refuses options of a group that the update could not use: when it is added, and again before a step,
-        because schedulers and users write into it.
-        """
+        """Refuses options of a group that a step over several losses could not use."""
+
+    def _check_groups(self) -> None:
+        """Before every such step, because schedulers and users write into the groups."""
+        for group in self.param_groups:
+            self._check_group(group)
 
     def _update(self, collected: Collected) -> None:
         """The step from one gradient per loss."""
@@ -260,6 +262,7 @@ class MultiLossOptimizer(Optimizer):
         """Losses → gradients: checks them, and walks the graph back."""
         indexed = by_index(losses, self._names)
         check_losses(indexed, self._names)
+        self._check_groups()
         self._refuse_processes()
         if self._stats is not None:
             self._stats.release()

@@ -298,6 +298,18 @@ def test_momenta_follow_a_scheduler_that_writes_them() -> None:
     assert_same_bits(ours.parameters(), params)
 
 
+def test_untouched_loop_takes_any_schedule() -> None:
+    """OneCycleLR starts at a momentum of 0.95, where μ + Δ would be refused: no concern of a loop without losses."""
+    models = student(), student()
+    for model, cls in zip(models, (DOTSGD, SGD), strict=True):
+        optimizer = cls(model.parameters(), lr=0.05, momentum=0.9)
+        scheduler = lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=11)
+        for x in batches(10):
+            train(optimizer, model, [x], plain=True)
+            scheduler.step()
+    assert_same_bits(models[0].parameters(), models[1].parameters())
+
+
 @pytest.mark.parametrize("cls", [DOTSGD, DOTAdamW])
 def test_complex_parameters(cls: type[DOTSGD] | type[DOTAdamW]) -> None:
     """A complex parameter takes the same path as its real view."""
