@@ -148,9 +148,9 @@ def _best(matrix: Tensor, candidates: Tensor) -> Tensor:
 
 def _share_alike(matrix: Tensor, weights: Tensor) -> Tensor:
     """Gives equal vectors equal weights, which leaves their sum Σ πᵢ gᵢ where it is; zero vectors, if any, take all."""
-    diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1)
-    alike = ((matrix == diagonal[..., :, None]) & (matrix == diagonal[..., None, :])).to(matrix.dtype)
+    # Whole rows: two vectors that are 1e-8 apart have equal norms and inner product to the last bit.
+    alike = (matrix[..., :, None, :] == matrix[..., None, :, :]).all(-1).to(matrix.dtype)
     shared = (alike * weights[..., None, :]).sum(-1) / alike.sum(-1)
-    zero = (diagonal == 0).to(matrix.dtype)
+    zero = (torch.diagonal(matrix, dim1=-2, dim2=-1) == 0).to(matrix.dtype)
     count = zero.sum(-1, keepdim=True)
     return torch.where(count > 0, zero / count, shared)
