@@ -56,7 +56,7 @@ def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
                 for b, j in enumerate(losses[: a + 1]):
                     product = torch.dot(vectors[a], vectors[b])
                     if device != home:
-                        product = product.to(home, non_blocking=True)
+                        product = product.to(home, non_blocking=home.type != "cpu")
                     products[i, j] = products[i, j] + product if (i, j) in products else product
     # One product per pair: the matrix is symmetric to the last bit.
     rows = [products.get((max(i, j), min(i, j)), zero) for i in range(k) for j in range(k)]

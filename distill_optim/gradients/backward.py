@@ -109,7 +109,7 @@ def backward_weighted(
 
 def _seed(loss: Tensor, scale: Tensor | None) -> Tensor:
     seed = torch.ones_like(loss)
-    return seed if scale is None else seed * scale.to(loss.device, loss.dtype, non_blocking=True)
+    return seed if scale is None else seed * scale.to(loss.device, loss.dtype)
 
 
 def _backward(losses: Mapping[int, Tensor], names: Sequence[str], *seeds: Tensor, retain_graph: bool) -> None:

@@ -111,13 +111,15 @@ class Collected:
         home = params[0].device
 
         def column(norms: Mapping[Tensor, Tensor]) -> Tensor:
-            zero = torch.zeros((), dtype=torch.float64, device=home)
-            return torch.stack([norms[p].to(home, torch.float64) if p in norms else zero for p in params])
+            zero = torch.zeros((), device=home)
+            return torch.stack([norms[p].to(home) if p in norms else zero for p in params]).double()
 
         now, then = column(_norms({p: grads[p] for p in params})), column(self._norms)
         parts = torch.stack([column(_norms(own)) for own in self.gradients]).sum(0)
         # What rounding may do to a sum of gradients of these lengths, in micro-batches and in this precision.
-        rounding = torch.stack([torch.full((), _rounding(grads[p].dtype), device=home) for p in params]).double()
+        dtypes = [grads[p].dtype for p in params]
+        units = {dtype: torch.full((), _rounding(dtype), dtype=torch.float64, device=home) for dtype in set(dtypes)}
+        rounding = torch.stack([units[dtype] for dtype in dtypes])
         # Where the gradients cancel out in the sum, its length says nothing; there the rest of the model speaks.
         legible = (then > rounding * parts) & torch.isfinite(then)
         common = (now.square() * legible).nansum() / (then.square() * legible).nansum()

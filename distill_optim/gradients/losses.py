@@ -103,4 +103,6 @@ def detached(losses: Losses) -> Any:
 
 def values(losses: Sequence[Tensor], device: torch.device) -> Tensor:
     """Loss values as one float64 vector on a device, without waiting for it."""
-    return torch.stack([v.detach().reshape(()).to(device, torch.float64, non_blocking=True) for v in losses])
+    # A copy to the host is not safe to read until it has been waited for.
+    wait = device.type == "cpu"
+    return torch.stack([v.detach().reshape(()).to(device, torch.float64, non_blocking=not wait) for v in losses])

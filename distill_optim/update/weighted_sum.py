@@ -34,7 +34,8 @@ def weighted_sum(gradients: Sequence[Sequence[Tensor | None]], weights: Tensor) 
         lists = [[g for _, g in reached]]
         for (group,), indices in _group_tensors_by_device_and_dtype(lists, with_indices=True).values():  # type: ignore[arg-type]
             members = [g for g in group if g is not None]
-            torch._foreach_mul_(members, weight.to(members[0].device, members[0].dtype, non_blocking=True))
+            device, dtype = members[0].device, members[0].dtype
+            torch._foreach_mul_(members, weight.to(device, dtype, non_blocking=device.type != "cpu"))
             into = [total[reached[i][0]] for i in indices]
             again = [(t, g) for t, g in zip(into, members, strict=True) if t is not None]
             if again:
