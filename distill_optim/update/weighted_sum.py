@@ -31,8 +31,8 @@ def weighted_sum(gradients: Sequence[Sequence[Tensor | None]], weights: Tensor) 
         reached = [(p, g) for p, g in enumerate(grads) if g is not None]
         if not reached:
             continue
-        lists = [[g for _, g in reached]]
-        for (group,), indices in _group_tensors_by_device_and_dtype(lists, with_indices=True).values():  # type: ignore[arg-type]
+        grouped = _group_tensors_by_device_and_dtype([[g for _, g in reached]], with_indices=True)
+        for (group,), indices in grouped.values():
             members = [g for g in group if g is not None]
             device, dtype = members[0].device, members[0].dtype
             torch._foreach_mul_(members, weight.to(device, dtype, non_blocking=device.type != "cpu"))

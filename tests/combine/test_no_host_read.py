@@ -70,7 +70,7 @@ def on_fake_cuda(function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> T
     """``function`` of fake CUDA tensors of these shapes; raises where the host would read or receive anything."""
     with FakeTensorMode():
         arguments = [torch.empty(shape, device="cuda") for shape in shapes]
-        with _Indexing(), _Watch():  # type: ignore[no-untyped-call]
+        with _Indexing(), _Watch():  # type: ignore[no-untyped-call]  # torch's
             return function(*arguments)
 
 
