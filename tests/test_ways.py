@@ -142,19 +142,25 @@ def test_an_ordinary_closure_has_done_its_own_backward(cls: Any, returned: Any) 
 
 def test_one_loop_compares_them_all() -> None:
     """MultiLossClosure is an ordinary closure for a torch optimizer: zero_grad, sum, backward, the total."""
+    plain = student()
+    usual = SGD(plain.parameters(), lr=0.1, momentum=0.5)
     models = [student(), student()]
-    optimizers: list[Any] = [SGD(models[0].parameters(), lr=0.1, momentum=0.5), DOTSGD(
-        models[1].parameters(), lr=0.1, momentum=0.5, delta=0
-    )]  # fmt: skip
-    totals = []
-    for model, optimizer in zip(models, optimizers, strict=True):
-        for x in batches(5):
+    optimizers: list[Any] = [
+        SGD(models[0].parameters(), lr=0.1, momentum=0.5),
+        DOTSGD(models[1].parameters(), lr=0.1, momentum=0.5, delta=0),
+    ]
+    for x in batches(5):
+        usual.zero_grad()
+        loss = summed(plain, x)
+        loss.backward()
+        usual.step()
+        for model, optimizer in zip(models, optimizers, strict=True):
             total = optimizer.step(MultiLossClosure(partial(two_losses, model, x), optimizer))
-        totals.append(total)
-        assert not total.requires_grad
-    torch.testing.assert_close(*totals, rtol=1e-5, atol=0)
+            assert not total.requires_grad
+            torch.testing.assert_close(total, loss.detach(), rtol=1e-5, atol=0)
+    assert_same_bits(plain.parameters(), models[0].parameters())
     # DOT without Δ is SGD on the sum, with the two gradients rounded apart.
-    torch.testing.assert_close(flat(models[0].parameters()), flat(models[1].parameters()), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(flat(models[1].parameters()), flat(plain.parameters()), rtol=1e-4, atol=1e-6)
 
 
 class Wrapper(Optimizer):
@@ -270,6 +276,18 @@ def test_what_is_done_to_one_parameter_stays_there() -> None:
         # In the first step the buffers are the gradients, so the step is along their sum.
         expected = before[0 if factor < 1 else 2].weight - 0.1 * factor * grads[layer.weight]
         torch.testing.assert_close(layer.weight.detach(), expected.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_clipping_reaches_a_parameter_of_one_loss_once() -> None:
+    """Its .grad is its only loss's gradient, but not the same memory."""
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = DOTSGD([a, b], lr=1.0)
+    optimizer.backward([a.sum(), b.sum()])
+    nn.utils.clip_grad_norm_([a, b], 0.6**0.5)
+    optimizer.step()
+    # Six ones, clipped to √0.6: each is √0.1. The coefficient of torch has 1e-6 in its denominator.
+    for p in a, b:
+        torch.testing.assert_close(p.detach(), torch.full((3,), 1 - 0.1**0.5), rtol=1e-5, atol=0)
 
 
 def test_gradients_that_cancel_out_are_not_lost() -> None:
