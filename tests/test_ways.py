@@ -501,3 +501,44 @@ def test_through_is_taken_by_joint_loss_and_closure() -> None:
                 optimizer.step()
         results.append(flat(model.parameters()))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("cls", OURS)
+def test_a_factor_is_followed_in_every_dtype(cls: Any, dtype: torch.dtype) -> None:
+    """Half of .grad is the gradient of half the losses: a power of two, so to the last bit."""
+    start = torch.randn(7, dtype=dtype), torch.randn(3, 2, dtype=dtype).t()
+    ours, theirs = ([nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    a, b = cls(ours, lr=0.01), cls(theirs, lr=0.01)
+
+    def losses(params: list[nn.Parameter]) -> list[Tensor]:
+        task = torch.stack([p.abs().square().sum().float() for p in params]).sum()
+        return [task, torch.stack([(p - 1).abs().sum().float() for p in params]).sum()]
+
+    for _ in range(4):
+        a.zero_grad()
+        a.backward(losses(ours))
+        for p in ours:
+            assert p.grad is not None
+            p.grad.mul_(0.5)
+        a.step()
+        b.zero_grad()
+        b.step([loss / 2 for loss in losses(theirs)])
+    assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("edit", ["factor", "one element"])
+def test_grad_is_compared_piece_by_piece(edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change in the last piece of a large tensor is seen."""
+    monkeypatch.setattr("distill_optim.gradients.collected._BUCKET", 100)
+    w = nn.Parameter(torch.randn(1_001, dtype=torch.float64))
+    start, x = w.detach().clone(), torch.randn(1_001, dtype=torch.float64)
+    optimizer = DOTSGD([w], lr=0.1)
+    optimizer.backward([(w * x).sum(), (w * x.flip(0)).sum()])
+    assert w.grad is not None
+    if edit == "factor":
+        w.grad *= 0.3
+    else:
+        w.grad[1_000] += 100
+    optimizer.step()
+    torch.testing.assert_close(w.detach(), start - 0.1 * w.grad, rtol=1e-12, atol=1e-14)
