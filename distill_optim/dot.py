@@ -51,9 +51,7 @@ class _DOT(MultiLossOptimizer):
                     raise ValueError(f"{self._memories}: {name!r} is not one of the losses {self.defaults['losses']!r}")
         base = self._base_memory(group)
         for name, value in zip(self.defaults["losses"], self._memory_per_loss(group), strict=True):
-            if isinstance(value, Tensor) and value.device.type != "cpu":
-                continue  # Looking at it would wait for the device.
-            if not 0 <= value < 1:
+            if not _on_device(value) and not 0 <= value < 1:
                 source = (
                     f"{self._memories}[{name!r}]={value}"
                     if named is not None and name in named
@@ -63,7 +61,7 @@ class _DOT(MultiLossOptimizer):
                     f"{source}, outside [0, 1); choose a smaller delta (0 gives every loss the same "
                     f"{self._memory}), or set {self._memories}= by name"
                 )
-        if not 0 <= base < 1:
+        if not _on_device(base) and not 0 <= base < 1:
             raise ValueError(f"{self._memory}={base}: outside [0, 1)")
 
     def _collect(self, losses: Mapping[int, Tensor], *, through: Through | None, **how: Any) -> None:
@@ -76,8 +74,15 @@ class _DOT(MultiLossOptimizer):
 
     def _plain_step(self) -> None:
         super()._plain_step()
-        stepped = [p for p in self._params() if p.grad is not None and self.state[p].get(self._buffer) is not None]
+        stepped = [
+            p for p in self._params() if p.grad is not None and self._buffers_of(p).get(self._buffer) is not None
+        ]
         self._fill_buffers(stepped)
+
+    def _buffers_of(self, p: Tensor) -> Mapping[str, Any]:
+        """The state of a parameter; looking at it makes none, as without momentum torch makes none either."""
+        state: Mapping[str, Any] = self.state.get(p, {})
+        return state
 
     def _fill_buffers(self, params: Iterable[Tensor]) -> None:
         """A first step of any kind makes all of a parameter's buffers, because a distributed checkpoint is loaded
@@ -98,6 +103,11 @@ class _DOT(MultiLossOptimizer):
 
         values = self._values(collected)
         self._stats = Stats(self._present_names(collected), values, torch.ones_like(values), shared_gram)
+
+
+def _on_device(value: Any) -> bool:
+    """Whether looking at a hyperparameter's value would wait for a device."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 class DOTSGD(_DOT, SGD):
@@ -198,7 +208,7 @@ class DOTSGD(_DOT, SGD):
         for group in self.param_groups:
             momenta = self._memory_per_loss(group)
             params = collected.reached(group["params"])
-            buffers = [[self.state[p].get(keys[i]) for p in params] for i in present]
+            buffers = [[self._buffers_of(p).get(keys[i]) for p in params] for i in present]
             matched = group["gain"] == "matched"
             dot_sgd(
                 params,

@@ -189,6 +189,12 @@ class _MoKD(MultiLossOptimizer):
         super()._forget()
         self._ahead = None
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, with the options checked."""
+        super().add_param_group(param_group)
+        # Between two computations of ``every`` nobody has seen yet which losses reach the new parameters.
+        self._alone = None
+
 
 def _on(indices: list[int], device: torch.device) -> Tensor:
     return torch.stack([torch.full((), i, device=device) for i in indices])

@@ -260,6 +260,24 @@ def test_every_walks_back_once_between_new_weights(cls: Any) -> None:
     assert weights[0] == weights[1] == weights[2] != weights[3] == weights[4] == weights[5] != weights[6]
 
 
+def test_every_sees_a_group_that_is_added_between_new_weights() -> None:
+    """The head comes in the middle of a cycle, and takes its only loss's gradient as it is."""
+    model = TwoHeads(torch.float64)
+    optimizer = MoKDSGD(model.trunk.parameters(), lr=0.1, every=4)
+    x, y = batches(2, torch.float64)
+    optimizer.step(heads(model, x)[0])
+    optimizer.add_param_group({"params": list(model.a.parameters())})
+    reference = copy.deepcopy(model)
+    optimizer.zero_grad()
+    model.zero_grad()
+    optimizer.step(heads(model, y)[0])
+    assert optimizer.stats is not None
+    assert optimizer.stats.weights[0] != 1, "the weight should have to be taken out again"
+    own = torch.autograd.grad(heads(reference, y)[0][0], list(reference.a.parameters()))
+    for p, q, g in zip(model.a.parameters(), reference.a.parameters(), own, strict=True):
+        torch.testing.assert_close(p, q - 0.1 * g, rtol=1e-10, atol=1e-14)
+
+
 def test_every_renews_the_weights_when_other_losses_come() -> None:
     model = student()
     optimizer = MoKDSGD(model.parameters(), lr=0.01, every=5)

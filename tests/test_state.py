@@ -138,6 +138,15 @@ def test_named_parameters_and_repr(cls: Any) -> None:
     assert isinstance(optimizer, SGD | AdamW)
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_without_momentum_there_is_no_state(plain: bool) -> None:
+    """As under torch's SGD."""
+    model = student()
+    optimizer = DOTSGD(model.parameters(), lr=0.1, momentum=0, delta=0)
+    train(optimizer, model, batches(2), plain=plain)
+    assert optimizer.state_dict()["state"] == {}
+
+
 def test_the_package_is_typed() -> None:
     import distill_optim
 
