@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +15,26 @@ _BUCKET = {"cpu": 1 << 18}
 _BUCKET_ACCELERATOR = 1 << 22
 
 
+# A device mesh and those of its dimensions over which a tensor is sharded; None for a tensor that is whole.
+_Shards = tuple[Any, tuple[int, ...]] | None
+
+
 def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     """Inner products of K gradients, each given as a list of tensors, accumulated in float64.
 
-    The lists are never concatenated as a whole: they are walked in buckets that are cast to float64, so two
-    gradients that nearly agree keep the digits of their difference (in float32 a relative gap of 1e-3 is already
-    lost), whatever the tensors' type. No value is read on the host.
+    The lists are never concatenated as a whole: they are walked in buckets that are cast to float64. No value is read
+    on the host.
+
+    Gradients that nearly agree differ by less than float32 sums of them are off by (a relative gap of 1e-3 already
+    turns a weight of 276 into 54), so that there one would sum differences. In float64 the products of two float32,
+    bfloat16 or float16 numbers are exact and their sum is off by some 1e-16, so the differences of the sums are those
+    of the gradients, and the plain form is the accurate one.
 
     Args:
         gradients: K sequences of equal length; entry ``[i][p]`` is the gradient of loss i with respect to
             parameter p, of any shape, dtype and device, or None where loss i does not reach parameter p (a zero).
+            A sharded tensor (DTensor) counts as a whole: every process sums over its own part, then one all-reduce of
+            K² numbers per mesh adds those up, so that all processes have to make the call.
 
     Returns:
         Tensor of shape (K, K), float64, on the device of the first tensor. For complex gradients the real part
@@ -36,39 +47,60 @@ def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
                 [3., 9.]], dtype=torch.float64)
     """
     k = len(gradients)
-    reached: defaultdict[tuple[tuple[int, ...], torch.device], list[int]] = defaultdict(list)
-    for position, column in enumerate(zip(*gradients, strict=True)):
+    # Columns that the same losses reach, on one device, in one kind of shards.
+    reached: defaultdict[tuple[tuple[int, ...], torch.device, _Shards], list[list[Tensor]]] = defaultdict(list)
+    for column in zip(*gradients, strict=True):
         losses = tuple(i for i, gradient in enumerate(column) if gradient is not None)
+        parts = [_local(gradient) for gradient in column if gradient is not None]
         if losses:
-            first = column[losses[0]]
-            assert first is not None
-            reached[losses, first.device].append(position)
+            reached[losses, parts[0][0].device, parts[0][1]].append([part for part, _ in parts])
     if not reached:
         return torch.zeros((k, k), dtype=torch.float64)
     home = next(iter(reached))[1]
     zero = torch.zeros((), dtype=torch.float64, device=home)
-    products: dict[tuple[int, int], Tensor] = {}
-    for (losses, device), positions in reached.items():
+    products: defaultdict[_Shards, dict[tuple[int, int], Tensor]] = defaultdict(dict)
+    for (losses, device, shards), columns in reached.items():
+        sums = products[shards]
         bucket = _BUCKET.get(device.type, _BUCKET_ACCELERATOR)
-        columns = [_flat_buckets([gradients[i][p] for p in positions], bucket) for i in losses]
-        for vectors in zip(*columns, strict=True):
+        for vectors in zip(*(_flat_buckets(tensors, bucket) for tensors in zip(*columns, strict=True)), strict=True):
             for a, i in enumerate(losses):
                 for b, j in enumerate(losses[: a + 1]):
                     product = torch.dot(vectors[a], vectors[b])
                     if device != home:
                         product = product.to(home, non_blocking=home.type != "cpu")
-                    products[i, j] = products[i, j] + product if (i, j) in products else product
-    # One product per pair: the matrix is symmetric to the last bit.
-    rows = [products.get((max(i, j), min(i, j)), zero) for i in range(k) for j in range(k)]
-    return torch.stack(rows).view(k, k)
+                    sums[i, j] = sums[i, j] + product if (i, j) in sums else product
+    total = torch.zeros((k, k), dtype=torch.float64, device=home)
+    for shards, sums in products.items():
+        # One product per pair: the matrix is symmetric to the last bit.
+        matrix = torch.stack([sums.get((max(i, j), min(i, j)), zero) for i in range(k) for j in range(k)]).view(k, k)
+        if shards is not None:
+            mesh, dims = shards
+            for dim in dims:
+                torch.distributed.all_reduce(matrix, group=mesh.get_group(dim))
+        total = total + matrix
+    return total
 
 
-def _flat_buckets(tensors: Sequence[Tensor | None], bucket: int) -> Iterator[Tensor]:
+def _local(tensor: Tensor) -> tuple[Tensor, _Shards]:
+    """This process's part of a tensor, and over what the parts have to be added up."""
+    if not hasattr(tensor, "to_local"):
+        return tensor, None
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(tensor, DTensor)
+    if any(placement.is_partial() for placement in tensor.placements):
+        # A sum that has not been taken yet: its square is not the sum of the parts' squares.
+        whole = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
+        tensor = tensor.redistribute(placements=whole)
+    dims = tuple(dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
+    return tensor.to_local(), (tensor.device_mesh, dims)
+
+
+def _flat_buckets(tensors: Sequence[Tensor], bucket: int) -> Iterator[Tensor]:
     """The tensors' elements in order, as float64 vectors of at most ``bucket`` elements."""
     pieces: list[Tensor] = []
     filled = 0
     for tensor in tensors:
-        assert tensor is not None
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         flat = real.reshape(-1)
         for piece in flat.split(bucket) if flat.numel() > bucket else (flat,):

@@ -8,7 +8,7 @@ from torch import Tensor
 from distill_optim.combine.qp import simplex_qp
 
 
-def min_norm(gram: Tensor) -> Tensor:
+def min_norm(gram: Tensor, losses: Tensor | None = None) -> Tensor:
     r"""Weights of the shortest convex combination of the gradients.
 
     .. math:: \pi^* = \arg\min_{\pi \ge 0,\ \sum_i \pi_i = 1} \tfrac12 \Bigl\lVert \sum_i \pi_i g_i \Bigr\rVert^2
@@ -27,6 +27,7 @@ def min_norm(gram: Tensor) -> Tensor:
 
     Args:
         gram: inner products of the gradients, shape (..., K, K), of any real dtype.
+        losses: not looked at.
 
     Returns:
         Weights on the simplex, shape (..., K), float64, on the device of ``gram``. Where the Gram matrix is not

@@ -1,38 +1,45 @@
-"""Tiny quadratic programs over the simplex: batched, in float64, without a branch on data."""
+"""Tiny convex quadratic programs over the orthant and the simplex: batched, in float64, without a branch on data."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 from torch import Tensor
 
-# Up to this K all 2^K − 1 faces are solved at once (255 systems of order 9); beyond, interior-point steps.
+# Up to this K all 2^K faces are solved at once (256 systems of order 8); beyond, interior-point steps.
 MAX_FACES = 8
 
-# 14 bring the relative duality gap to rounding on most matrices, 18 not yet on all of the nightly tests'.
-_INTERIOR_POINT_STEPS = 25
+# Most problems are done after 10 steps; the worst of the nightly tests' need 20.
+_INTERIOR_POINT_STEPS = 22
+
+# Of the way to the boundary.
+_STEP = 0.995
+
+# Slack and variable of a row that lies just on the edge of a face come out of the same size; so the face is taken as
+# the interior point has it, and with such rows left out, and let in.
+_EDGES = (1.0, 1e4, 1e-4)
+
+# A gap of this size is no gap: that of a sum of K products, for K up to 64.
+ROUNDING = 16 * torch.finfo(torch.float64).eps
 
 # Keeps the Cholesky factor of a rank-deficient matrix alive. It slows a Newton step by a hair and moves no optimum,
 # because the residuals are taken from the matrix itself.
 _PROXIMAL = 1e-13
 
+# The same on a face, where the matrix may be singular and the interior point is within some 1e-7 of a solution.
+_REFINING = 1e-9
+_REFINEMENTS = 3
+
 
 def simplex_qp(matrix: Tensor) -> Tensor:
     r""":math:`\arg\min \tfrac12 \pi^\top G \pi` over :math:`\pi \ge 0, \sum_i \pi_i = 1`, G positive semidefinite.
 
-    Up to K = 8 exact by enumeration: on every face of the simplex the unconstrained optimum solves a linear
-    (Karush–Kuhn–Tucker) system, the optimum of the whole is one of them, and some face with it has affinely
-    independent vertices and hence a regular system (Carathéodory). All systems are solved in one batched call.
-    Beyond, a fixed number of interior-point steps (Mehrotra's predictor–corrector) finds the face, whose system
-    is then solved in the same way. Every candidate is judged by its relative duality gap
+    With m the length of the shortest vector behind G, the minimum of
 
-    .. math:: \max_i \frac{\pi^\top G \pi - (G\pi)_i}{r\,(\lVert g_i \rVert + r)},
-        \qquad r = \sum_j \pi_j \lVert g_j \rVert
+    .. math:: \tfrac12 x^\top G x + \tfrac12 m^2 (1 - \textstyle\sum_i x_i)^2, \qquad x \ge 0
 
-    and the best is taken; the denominator is the size of the numerator's rounding error, so that a long gradient does
-    not hide a gap at a short one. Where the optimal weights are not unique any of them may come out, except that equal
-    vectors have equal weights.
+    is a multiple of the optimal :math:`\pi`: for a fixed direction the best length leaves an increasing function of
+    :math:`\pi^\top G \pi`. That is a problem over the orthant, see :func:`orthant_qp`, and as exact. Where the optimal
+    weights are not unique any of them may come out, except that equal vectors have equal weights.
 
     All guards are relative: the result for :math:`cG` is that for G. The rows are scaled to unit diagonal before
     anything is solved, so that gradients of very different lengths lose no digits.
@@ -47,110 +54,282 @@ def simplex_qp(matrix: Tensor) -> Tensor:
         >>> simplex_qp(torch.diag(torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64)))
         tensor([0.2500, 0.2500, 0.5000], dtype=torch.float64)
     """
-    k = matrix.shape[-1]
-    largest = torch.diagonal(matrix, dim1=-2, dim2=-1).amax(-1)[..., None, None]
-    matrix = matrix / torch.where(largest > 0, largest, torch.ones_like(largest))
-    norms = torch.diagonal(matrix, dim1=-2, dim2=-1).sqrt()
-    inverse = torch.where(norms > 0, norms, torch.ones_like(norms)).reciprocal()
-    unit = matrix * inverse[..., :, None] * inverse[..., None, :]
-    # π = z · inverse (up to the common factor, which the normalisation takes out).
-    scale = inverse / inverse.amax(-1, keepdim=True)
-    if k <= MAX_FACES:
-        # Face f holds vertex i where bit i of f is set; made on the device, because a copy from the host would wait.
-        number = torch.arange(1, 2**k, device=matrix.device)[:, None]
-        faces = ((number >> torch.arange(k, device=matrix.device)) & 1).bool()
-        candidates = _face_optimum(unit[..., None, :, :], scale[..., None, :], faces)
+    unit, inverse, _ = unit_rows(matrix)
+    # x = z · m/‖g‖ up to a common factor, which the normalisation takes out.
+    s = inverse / inverse.amax(-1, keepdim=True)
+    lifted, linear = unit + s[..., :, None] * s[..., None, :], -s[..., None, :]
+    if matrix.shape[-1] <= MAX_FACES:
+        candidates = _all_faces_optima(lifted, linear)
     else:
-        z, y = _interior_point(unit, scale)
-        candidates = torch.stack([z, _face_optimum(unit, scale, z > y)], -2)
-    weights = _share_alike(matrix, _best(matrix, _normalise(candidates * scale[..., None, :])))
-    finite = torch.isfinite(matrix).all(-1).all(-1)[..., None]
-    return torch.where(finite, weights, torch.nan)
+        # A sum that is held at 1 leads to very large z in fewer steps than one that is drawn there.
+        z, y = interior_point(unit, torch.zeros_like(s), s)
+        length = (1 + _quadratic(unit, z)).reciprocal()  # the best multiple of z
+        candidates = _found_faces_optima(lifted, linear, (z * length)[..., None, :], (y * length)[..., None, :])
+    weights = normalise(candidates[..., 0, :, :] * s[..., None, :])
+    return share_alike(matrix, smallest(_simplex_gap(matrix, weights), weights))
 
 
-def _face_optimum(unit: Tensor, scale: Tensor, face: Tensor) -> Tensor:
-    """Stationary point on the affine hull of a face: C z = λ s and sᵀz = 1 on it, z = 0 off it."""
-    on = face.to(unit.dtype)
-    top = unit * on[..., :, None] * on[..., None, :] + torch.diag_embed(1 - on)
-    border = (scale * on)[..., None]
-    system = torch.cat(
-        [torch.cat([top, border], -1), torch.cat([border.mT, torch.zeros_like(border[..., :1, :])], -1)], -2
-    )
-    right = torch.zeros_like(system[..., :1])
-    right[..., -1, :] = 1
-    # A singular system leaves infinities, which no one picks; solve() itself would raise, after a look at the host.
-    solution: Tensor = torch.linalg.solve_ex(system, right).result
-    return solution[..., :-1, 0]
+def orthant_qp(matrix: Tensor, linear: Tensor) -> Tensor:
+    r""":math:`\arg\min \tfrac12 v^\top G v + q^\top v` over :math:`v \ge 0`, G positive semidefinite, q in its range.
 
+    The optimum is the solution of the linear complementarity problem :math:`v \ge 0,\ y = Gv + q \ge 0,\ v^\top y = 0`.
 
-def _interior_point(c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Mehrotra's predictor–corrector for min ½ zᵀCz subject to sᵀz = 1, z ≥ 0; returns z and the slacks y."""
-    z = torch.ones_like(s) / s.sum(-1, keepdim=True)
-    y = torch.ones_like(s)
-    multiplier = torch.zeros_like(s[..., :1])
-    for _ in range(_INTERIOR_POINT_STEPS):
-        dual = (c @ z[..., None])[..., 0] - multiplier * s - y
-        primal = (s * z).sum(-1, keepdim=True) - 1
-        factor, _ = torch.linalg.cholesky_ex(c + torch.diag_embed(y / z + _PROXIMAL))
-        newton = partial(_newton, factor, torch.cholesky_solve(s[..., None], factor)[..., 0], s, z, y, dual, primal)
+    Up to K = 8 exact by enumeration: on every face of the orthant the stationary point solves a linear system, the
+    optimum is one of them, and some face with it has linearly independent vertices and hence a regular system
+    (Carathéodory). All systems are solved in one batched call. Beyond, a fixed number of interior-point steps
+    (Mehrotra's predictor–corrector) finds the face, whose system is then solved in the same way. Every candidate is
+    judged by its gap, how much it violates feasibility, row by row relative to the row's rounding error, and
+    complementarity,
 
-        dz, dy, _ = newton(torch.zeros_like(z))
-        length = torch.minimum(_to_boundary(z, dz), _to_boundary(y, dy))
-        mu = (z * y).mean(-1, keepdim=True)
-        mu_affine = ((z + length * dz) * (y + length * dy)).mean(-1, keepdim=True)
-        centre = (mu_affine / mu) ** 3 * mu
+    .. math:: \max_i \frac{-y_i}{(\lvert G \rvert v + \lvert q \rvert)_i}, \qquad
+        \frac{v^\top y}{v^\top (\lvert G \rvert v + \lvert q \rvert)}
 
-        dz, dy, d_multiplier = newton(centre - dz * dy)
-        length = 0.99 * torch.minimum(_to_boundary(z, dz), _to_boundary(y, dy))
-        z_next, y_next, m_next = z + length * dz, y + length * dy, multiplier + length * d_multiplier
-        # At the end of its digits a step may fail; then the last good point stays.
-        good = ((z_next > 0) & (y_next > 0)).all(-1, keepdim=True)
-        good = good & torch.isfinite(z_next + y_next + m_next).all(-1, keepdim=True)
-        z, y = torch.where(good, z_next, z), torch.where(good, y_next, y)
-        multiplier = torch.where(good, m_next, multiplier)
-    return z, y
+    in rows scaled to unit diagonal, and the best is taken.
 
+    Args:
+        matrix: G, shape (..., K, K), float64, symmetric positive semidefinite up to rounding.
+        linear: M vectors q for every matrix, shape (..., M, K).
 
-def _newton(
-    factor: Tensor, solved_s: Tensor, s: Tensor, z: Tensor, y: Tensor, dual: Tensor, primal: Tensor, centre: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Newton's direction (Δz, Δy, Δλ) towards z ∘ y = centre.
+    Returns:
+        Tensor of shape (..., M, K), float64: not finite where ``matrix`` is not finite.
 
-    With Δy = (centre − y Δz)/z − y put in, the equations are (C + Y/Z) Δz = s Δλ − dual − y + centre/z, sᵀΔz = −primal.
+    Example:
+        >>> orthant_qp(torch.eye(2).double(), torch.tensor([[-1.0, 2.0]]).double())
+        tensor([[1., 0.]], dtype=torch.float64)
     """
-    solved = torch.cholesky_solve((centre / z - y - dual)[..., None], factor)[..., 0]
-    d_multiplier = -(primal + (s * solved).sum(-1, keepdim=True)) / (s * solved_s).sum(-1, keepdim=True)
-    dz = solved + d_multiplier * solved_s
-    return dz, (centre - y * dz) / z - y, d_multiplier
+    unit, inverse, square = unit_rows(matrix)
+    scaled = linear * inverse[..., None, :]
+    # Of the order of 1, as the matrix is; a problem with q = 0 has the solution 0 whatever the unit.
+    size = scaled.abs().amax(-1, keepdim=True)
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    scaled = scaled / size
+    if matrix.shape[-1] <= MAX_FACES:
+        candidates = _all_faces_optima(unit, scaled)
+    else:
+        each = unit[..., None, :, :].expand(*scaled.shape, -1)
+        candidates = _found_faces_optima(unit, scaled, *interior_point(each, scaled))
+    best = smallest(_orthant_gap(unit, scaled, candidates), candidates)
+    return best * (size / square[..., None] * inverse[..., None, :])
 
 
-def _to_boundary(x: Tensor, dx: Tensor) -> Tensor:
-    """The longest step of at most 1 that keeps x + step · dx ≥ 0."""
-    return torch.where(dx < 0, -x / dx, torch.ones_like(x)).amin(-1, keepdim=True).clamp_max(1)
+def unit_rows(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit vectors, as the interior of a quadratic program wants them.
 
+    Args:
+        matrix: Gram matrix, shape (..., K, K).
 
-def _normalise(weights: Tensor) -> Tensor:
-    positive = weights.clamp_min(0)
-    return positive / positive.sum(-1, keepdim=True)
+    Returns:
+        The Gram matrix of the unit vectors, shape (..., K, K); their reciprocal lengths, shape (..., K), in units in
+        which the longest is 1, where a zero vector counts as such a one; and that unit squared, shape (..., 1).
 
-
-def _best(matrix: Tensor, candidates: Tensor) -> Tensor:
-    """The candidate (…, F, K) with the smallest relative duality gap."""
+    Example:
+        >>> unit_rows(torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
+        (tensor([[1.0000, 0.5000],
+                [0.5000, 1.0000]]), tensor([1., 2.]), tensor([4.]))
+    """
+    largest = torch.diagonal(matrix, dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    largest = torch.where(largest == 0, torch.ones_like(largest), largest)
+    matrix = matrix / largest[..., None]
     norms = torch.diagonal(matrix, dim1=-2, dim2=-1).sqrt()
-    slope = candidates @ matrix
-    value = (candidates * slope).sum(-1, keepdim=True)
-    reach = (candidates * norms[..., None, :]).sum(-1, keepdim=True)
-    unit = reach * (norms[..., None, :] + reach)
-    gap = ((value - slope) / torch.where(unit > 0, unit, torch.ones_like(unit))).amax(-1)
-    gap = torch.where(torch.isfinite(gap), gap, torch.inf)
-    return torch.take_along_dim(candidates, gap.argmin(-1)[..., None, None], -2)[..., 0, :]
+    inverse = torch.where(norms == 0, torch.ones_like(norms), norms).reciprocal()
+    return matrix * inverse[..., :, None] * inverse[..., None, :], inverse, largest
 
 
-def _share_alike(matrix: Tensor, weights: Tensor) -> Tensor:
-    """Gives equal vectors equal weights, which leaves their sum Σ πᵢ gᵢ where it is; zero vectors, if any, take all."""
+def normalise(weights: Tensor) -> Tensor:
+    """Divided by their sum, as a point of the simplex.
+
+    Example:
+        >>> normalise(torch.tensor([1.0, 3.0]))
+        tensor([0.2500, 0.7500])
+    """
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def share_alike(matrix: Tensor, weights: Tensor) -> Tensor:
+    """Gives equal vectors equal weights, which leaves their sum Σ πᵢ gᵢ where it is; zero vectors, if any, take all.
+
+    Example:
+        >>> share_alike(torch.ones(2, 2), torch.tensor([1.0, 0.0]))
+        tensor([0.5000, 0.5000])
+    """
     # Whole rows: two vectors that are 1e-8 apart have equal norms and inner product to the last bit.
     alike = (matrix[..., :, None, :] == matrix[..., None, :, :]).all(-1).to(matrix.dtype)
     shared = (alike * weights[..., None, :]).sum(-1) / alike.sum(-1)
     zero = (torch.diagonal(matrix, dim1=-2, dim2=-1) == 0).to(matrix.dtype)
     count = zero.sum(-1, keepdim=True)
     return torch.where(count > 0, zero / count, shared)
+
+
+def all_faces(matrix: Tensor) -> Tensor:
+    """All 2^K subsets of the K rows, shape (2^K, K), bool; made on the device: a copy from the host would wait.
+
+    Example:
+        >>> all_faces(torch.eye(2)).tolist()
+        [[False, False], [True, False], [False, True], [True, True]]
+    """
+    k = matrix.shape[-1]
+    number = torch.arange(2**k, device=matrix.device)[:, None]
+    return ((number >> torch.arange(k, device=matrix.device)) & 1).bool()
+
+
+def on_faces(matrix: Tensor, face: Tensor, right: Tensor) -> Tensor:
+    """Solves the principal subsystems: ``matrix[F, F] x = right[F]`` with x = 0 off F; broadcasts.
+
+    A singular system leaves infinities or nans.
+
+    Args:
+        matrix: (..., K, K).
+        face: (..., K), bool.
+        right: (..., K, M).
+
+    Returns:
+        (..., K, M).
+    """
+    on = face.to(matrix.dtype)
+    system = matrix * (on[..., :, None] * on[..., None, :]) + torch.diag_embed(1 - on)
+    # solve() itself would raise, after a look at the host.
+    solution: Tensor = torch.linalg.solve_ex(system, torch.where(face[..., None], right, 0)).result
+    return solution
+
+
+def refined_on_faces(matrix: Tensor, face: Tensor, right: Tensor, start: Tensor | None = None) -> Tensor:
+    """As :func:`on_faces`, for faces on which dependent rows may meet, so that the system is singular but consistent.
+
+    A few steps of iterative refinement from a guess, which stays what it is in the null space.
+
+    Args:
+        matrix: (..., K, K), positive semidefinite.
+        face: (..., K), bool.
+        right: (..., K, M).
+        start: (..., K, M), the guess; None stands for 0.
+
+    Returns:
+        (..., K, M).
+    """
+    on = face.to(matrix.dtype)
+    system = matrix * (on[..., :, None] * on[..., None, :]) + torch.diag_embed(1 - on + _REFINING * on)
+    factor, _ = torch.linalg.cholesky_ex(system)
+    x = torch.zeros_like(right * on[..., None]) if start is None else start * on[..., None]
+    for _ in range(_REFINEMENTS):
+        x = x + torch.cholesky_solve((right - matrix @ x) * on[..., None], factor)
+    return x
+
+
+def _all_faces_optima(c: Tensor, q: Tensor) -> Tensor:
+    """Stationary points on all faces for C (…, K, K) and q (…, M, K): (…, M, 2^K, K)."""
+    return on_faces(c[..., None, :, :], all_faces(c), -q.mT[..., None, :, :]).movedim(-1, -3).clamp_min(0)
+
+
+def candidate_faces(v: Tensor, y: Tensor) -> Tensor:
+    """Faces that an interior point with slacks y points at, shape (..., F, K), bool.
+
+    Example:
+        >>> candidate_faces(torch.tensor([1.0, 1e-9]), torch.tensor([1e-9, 1e-9])).tolist()
+        [[True, False], [True, False], [True, True]]
+    """
+    return torch.stack([v > edge * y for edge in _EDGES], -2)
+
+
+def _found_faces_optima(c: Tensor, q: Tensor, v: Tensor, y: Tensor) -> Tensor:
+    """What the interior point came to, v and y (…, M, K), and what the faces give that it points at: (…, M, F, K)."""
+    on = candidate_faces(v, y)
+    c, v = c[..., None, None, :, :], v[..., None, :]
+    right = -q[..., None, :].expand(on.shape)[..., None]
+    refined = refined_on_faces(c, on, right, v[..., None])
+    return torch.cat([on_faces(c, on, right)[..., 0], refined[..., 0], v], -2).clamp_min(0)
+
+
+def _quadratic(matrix: Tensor, x: Tensor) -> Tensor:
+    """xᵀ matrix x, shape (…, 1)."""
+    return ((matrix @ x[..., None])[..., 0] * x).sum(-1, keepdim=True)
+
+
+def _orthant_gap(c: Tensor, q: Tensor, v: Tensor) -> Tensor:
+    """How far v (…, M, F, K) is from feasible and complementary, relative to rounding: (…, M, F)."""
+    q = q[..., None, :]
+    y = v @ c[..., None, :, :] + q
+    size = v @ c.abs()[..., None, :, :] + q.abs()
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    reach = (v * size).sum(-1)
+    complementarity = (v * y.clamp_min(0)).sum(-1) / torch.where(reach > 0, reach, torch.ones_like(reach))
+    return torch.maximum((-y / size).amax(-1), complementarity)
+
+
+def _simplex_gap(matrix: Tensor, weights: Tensor) -> Tensor:
+    """Duality gap of weights (…, F, K), row by row relative to rounding: (…, F)."""
+    norms = torch.diagonal(matrix, dim1=-2, dim2=-1).sqrt()[..., None, :]
+    slope = weights @ matrix
+    value = (weights * slope).sum(-1, keepdim=True)
+    reach = (weights * norms).sum(-1, keepdim=True)
+    size = reach * (norms + reach)
+    return ((value - slope) / torch.where(size > 0, size, torch.ones_like(size))).amax(-1)
+
+
+def smallest(gap: Tensor, candidates: Tensor) -> Tensor:
+    """The candidate (..., F, K) with the smallest gap (..., F); nan where none is finite.
+
+    Example:
+        >>> smallest(torch.tensor([0.5, 0.1]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([3., 4.])
+    """
+    gap = torch.where(torch.isfinite(gap), gap, torch.inf)
+    # Of those that are as good as rounding allows the first: they come in the order of trust.
+    smallest, which = gap.clamp_min(ROUNDING).min(-1, keepdim=True)
+    best = torch.take_along_dim(candidates, which[..., None], -2)[..., 0, :]
+    return torch.where(torch.isfinite(smallest), best, torch.nan)
+
+
+def interior_point(c: Tensor, q: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mehrotra's predictor–corrector for min ½ vᵀCv + qᵀv over v ≥ 0, where s is given with sᵀv = 1.
+
+    Args:
+        c: (..., K, K), positive semidefinite, of unit diagonal.
+        q: (..., K), of order 1.
+        s: (..., K), positive.
+
+    Returns:
+        v and the slacks y = Cv + q − λs, both (..., K) and positive.
+    """
+    v, y = torch.ones_like(q), torch.ones_like(q)
+    level = torch.zeros_like(q[..., :1])  # λ
+    if s is not None:
+        # Between equal v, which are far from the optimum if it rests on rows of small s, and equal shares sᵢ vᵢ.
+        v, y = s.rsqrt() / s.sqrt().sum(-1, keepdim=True), s.sqrt()
+    for _ in range(_INTERIOR_POINT_STEPS):
+        # Where y has it, the dual residual Cv + q − λs − y cancels: −residual − y = λs − q − Cv.
+        away = -q - (c @ v[..., None])[..., 0]
+        ratio = y / v
+        factor, _ = torch.linalg.cholesky_ex(c + torch.diag_embed(ratio + _PROXIMAL))
+        if s is None:
+            free = torch.cholesky_solve(away[..., None], factor)[..., 0]
+            dv = free
+        else:
+            away = away + level * s
+            free, along = torch.cholesky_solve(torch.stack([away, s], -1), factor).unbind(-1)
+            curvature, short = (s * along).sum(-1, keepdim=True), 1 - (s * v).sum(-1, keepdim=True)
+            dv = free + (short - (s * free).sum(-1, keepdim=True)) / curvature * along
+
+        # Predictor, towards v ∘ y = 0: (C + Y/V) Δv = s Δλ + away, sᵀΔv = 1 − sᵀv, Δy = −y − (Y/V) Δv. So with
+        # ρ = Δv/v the longest step is 1/max(−Δv/v, −Δy/y) = 1/max(−ρ, 1 + ρ), and Δv ∘ Δy = −v y ρ (1 + ρ).
+        rho = dv / v
+        length = ((rho + 0.5).abs().amax(-1, keepdim=True) + 0.5).clamp_min(1).reciprocal()
+        product = v * y
+        second = -product * rho * (1 + rho)
+        mu = product.mean(-1, keepdim=True)
+        mu_predicted = (1 - length) * mu + length * length * second.mean(-1, keepdim=True)
+
+        # Corrector, towards v ∘ y = centre, with what the predictor's product says of the curvature.
+        pull = ((mu_predicted / mu) ** 3 * mu - second) / v
+        dv = free + torch.cholesky_solve(pull[..., None], factor)[..., 0]
+        if s is not None:
+            d_level = (short - (s * dv).sum(-1, keepdim=True)) / curvature
+            dv = dv + d_level * along
+        dy = pull - y - ratio * dv
+        length = _STEP / torch.maximum(-dv / v, -dy / y).amax(-1, keepdim=True).clamp_min(_STEP)
+        # At the end of its digits a step may fail, in all entries at once; then the last good point stays.
+        good = torch.isfinite(length) & torch.isfinite(dv).all(-1, keepdim=True)
+        length, dv, dy = torch.where(good, length, 0), torch.where(good, dv, 0), torch.where(good, dy, 0)
+        v, y = v + length * dv, y + length * dy
+        if s is not None:
+            level = level + torch.where(good, length * d_level, 0)
+    return v, y
