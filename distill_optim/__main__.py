@@ -44,7 +44,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=positive, help=f"epochs of every student (default: {usual.epochs})")
     add("--label-noise", type=share, help=f"share of wrong training labels (default: {usual.label_noise})")
     add("--device", type=device, help=f"where to train (default: {usual.device})")
-    add("--optimizers", type=keys, metavar="KEYS", help=f"some of {','.join(train.recipes(usual))}")
+    add(
+        "--optimizers",
+        type=keys,
+        metavar="KEYS",
+        help=f"some of {','.join(train.recipes(usual))}, or all (default: {','.join(train.USUAL)})",
+    )
     add(
         "--out",
         type=folder,
@@ -73,7 +78,7 @@ def demo(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in ("seeds", "epochs", "label_noise", "device")}
     settings = replace(train.Settings(), **(train.QUICK if options.quick else {}))
     settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
-    rows = options.optimizers or list(train.recipes(settings))
+    rows = options.optimizers or list(train.USUAL)
 
     console = Console(stderr=True)
     columns = TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -107,7 +112,7 @@ def share(text: str) -> float:
 def keys(text: str) -> list[str]:
     """Rows of the table, in its order, each once."""
     known = list(train.recipes(train.Settings()))
-    asked = [key.strip() for key in text.split(",")]
+    asked = known if text == "all" else [key.strip() for key in text.split(",")]
     if unknown := [key for key in asked if key not in known]:
         raise argparse.ArgumentTypeError(f"unknown {', '.join(map(repr, unknown))}; known are {','.join(known)}")
     return [key for key in known if key in asked]

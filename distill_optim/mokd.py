@@ -11,8 +11,16 @@ from torch.optim import SGD, AdamW
 from torch.optim.optimizer import ParamsT
 
 from distill_optim import combine as combination
-from distill_optim.gradients import Collected, backward_weighted, leaves_above, reached_alone, values
-from distill_optim.multi_loss import MultiLossOptimizer, Through
+from distill_optim.gradients import (
+    Collected,
+    Losses,
+    backward_weighted,
+    by_index,
+    leaves_above,
+    reached_alone,
+    values,
+)
+from distill_optim.multi_loss import MultiLossOptimizer, Through, unwrap
 from distill_optim.stats import Stats
 from distill_optim.update import weighted_sum
 
@@ -27,21 +35,69 @@ class _MoKD(MultiLossOptimizer):
     # The parameters that one loss alone reaches, by loss, as the last full step found them.
     _alone: dict[int, list[Tensor]] | None = None
 
+    # The memory of the rules after a step whose weights are known but that has not been taken.
+    _next_memory: combination.State | None = None
+
     def _check_group(self, group: Mapping[str, Any]) -> None:
         combination.method(group["combine"])
-        if group["dominance"] not in combination.DOMINANCE:
-            raise ValueError(f"dominance={group['dominance']!r}: expected one of {combination.DOMINANCE!r}")
+        combination.dominance_rule(group["dominance"])
         every = group["every"]
         if not isinstance(every, int) or isinstance(every, bool):
             raise TypeError(f"every={every!r}: expected a whole number of steps")
         if every < 1:
             raise ValueError(f"every={every}: expected at least 1")
 
-    def _weights(self, gram: Tensor, losses: Tensor) -> Tensor:
+    def _weights(self, gram: Tensor | None, losses: Tensor, members: Sequence[int]) -> tuple[Tensor, combination.State]:
+        """Weights of the losses with these indices, and the memory of the rules for the step after this one."""
         group = self.param_groups[0]
-        return combination.weights(
-            gram, losses, combine=group["combine"], dominance=group["dominance"], rescale=group["rescale"]
-        )
+        memory = {name: value.to(losses.device) for name, value in group.get("combine_state", {}).items()}
+        options = {option: group[option] for option in ("combine", "dominance", "rescale")}
+        if len(members) == len(self._names):
+            return combination.advance(gram, losses, memory, **options)
+        every = losses.new_ones(len(self._names))
+        memory = memory or combination.initial(every, combine=group["combine"], dominance=group["dominance"])
+        at = _on(list(members), losses.device)
+        weights, part = combination.advance(gram, losses, combination.select(memory, at), **options)
+        return weights, combination.merge(memory, part, at)
+
+    def _remember(self, memory: combination.State) -> None:
+        """Keeps the memory in a parameter group, so that copies and checkpoints have it."""
+        if memory:
+            self.param_groups[0]["combine_state"] = memory
+
+    def observe(self, losses: Losses) -> None:
+        """Shows the losses of the same batch again, after the step: for ``combine="famo"``, which learns from them.
+
+        Optional: where nobody calls it, the next step's losses stand in, with the noise of another batch. Other methods
+        take no notice.
+
+        Args:
+            losses: all the losses of the step before, computed anew with the stepped parameters; no graph is needed.
+
+        Raises:
+            ValueError: for another number or other names.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+            >>> optimizer = distill_optim.MoKDSGD([w], lr=0.1, combine="famo")
+            >>> def losses_of(w):
+            ...     return [w.square().sum(), (w - 2).abs().sum()]
+            >>> _ = optimizer.step(losses_of(w))
+            >>> with torch.no_grad():
+            ...     optimizer.observe(losses_of(w))
+        """
+        inner = unwrap(self)
+        if inner is not self:
+            inner.observe(losses)
+            return
+        indexed = by_index(losses, self._names)
+        if len(indexed) != len(self._names):
+            missing = [name for i, name in enumerate(self._names) if i not in indexed]
+            raise ValueError(f"losses: observe needs all of them, {', '.join(map(repr, missing))} is missing")
+        group = self.param_groups[0]
+        if "combine_state" in group:
+            seen = values([loss.detach() for loss in indexed.values()], self._home())
+            self._remember(combination.observe(seen, group["combine_state"], combine=group["combine"]))
 
     # ---------------------------------------------------------------- gradients → weights → update
 
@@ -52,12 +108,17 @@ class _MoKD(MultiLossOptimizer):
         losses = self._values(collected)
         # A loss that shares no parameter has nothing to be combined with.
         sharing = [a for a, i in enumerate(present) if any(p in collected.gradients[i] for p in shared)]
+        memory: combination.State = {}
         if len(sharing) == len(present):
-            weights = self._weights(gram, losses)
+            weights, memory = self._weights(gram, losses.to(gram), present)
         else:
             weights = torch.ones_like(losses)
             if sharing:
-                among = self._weights(_rows(_rows(gram, sharing), sharing, -1), _rows(losses, sharing))
+                among, memory = self._weights(
+                    _rows(_rows(gram, sharing), sharing, -1),
+                    _rows(losses, sharing).to(gram),
+                    [present[a] for a in sharing],
+                )
                 weights = weights.index_put((_on(sharing, losses.device),), among.to(losses.device))
         self._stats = Stats(self._present_names(collected), losses, weights, gram)
 
@@ -67,6 +128,7 @@ class _MoKD(MultiLossOptimizer):
         for i in present:
             gradients.update({p: g for p, g in collected.gradients[i].items() if p not in gradients})
         self._step_along(gradients)
+        self._remember(memory)
 
         self._alone = reached_alone({i: collected.gradients[i].keys() for i in present}, params)
         self._schedule(refreshed=True)
@@ -87,6 +149,9 @@ class _MoKD(MultiLossOptimizer):
         super()._plain_step()
         if self._ahead is not None:
             self._stats, self._ahead = self._ahead, None
+            if self._next_memory is not None:
+                self._remember(self._next_memory)
+                self._next_memory = None
             self._schedule(refreshed=self._stats.weights is not self.param_groups[0].get("every_weights"))
 
     # ---------------------------------------------------------------- weights known before the backward pass
@@ -136,7 +201,9 @@ class _MoKD(MultiLossOptimizer):
             last = None if self._stats is None or self._stats.names != names else self._stats.gram
             return Stats(names, values(list(losses.values()), device), weights, last), self._alone
         if through is None:
-            return None
+            if combination.needs_gram(group["combine"], group["dominance"]):
+                return None
+            return self._weights_of_values(losses)
         at = [through] if isinstance(through, Tensor) else list(through)
         gram = self._gram_at(losses, at, scale)
         given = values(list(losses.values()), gram.device)
@@ -146,7 +213,26 @@ class _MoKD(MultiLossOptimizer):
             below = leaves_above(at)
             alone = reached_alone({i: leaves | below for i, leaves in above.items()}, self._params())
         self._alone = alone
-        return Stats(names, given, self._weights(gram, given), gram), alone
+        weights, self._next_memory = self._weights(gram, given, list(losses))
+        return Stats(names, given, weights, gram), alone
+
+    def _weights_of_values(self, losses: Mapping[int, Tensor]) -> tuple[Stats, Mapping[int, Sequence[Tensor]]]:
+        """Weights from rules that look at nothing but the values of the losses."""
+        names = [self._names[i] for i in losses]
+        given = values(list(losses.values()), self._home())
+        reached = {i: leaves_above([loss]) for i, loss in losses.items()}
+        self._alone = alone = reached_alone(reached, self._params())
+        # A loss that shares no parameter has nothing to be combined with.
+        shared = set(self._params()).difference(*alone.values())
+        sharing = [a for a, i in enumerate(losses) if not shared.isdisjoint(reached[i])]
+        weights = torch.ones_like(given)
+        total = given if self._ahead is None else given + self._ahead.losses
+        if sharing:
+            at, members = _on(sharing, given.device), [list(losses)[a] for a in sharing]
+            weights = weights.index_put((at,), self._weights(None, given[at], members)[0])
+            # The memory learns from the whole step, be it of several micro-batches.
+            self._next_memory = self._weights(None, total[at], members)[1]
+        return Stats(names, total, weights, None), alone
 
     def _gram_at(self, losses: Mapping[int, Tensor], at: list[Tensor], scale: Tensor | None) -> Tensor:
         """Inner products of the losses' gradients with respect to the tensors that they pass."""
@@ -187,7 +273,26 @@ class _MoKD(MultiLossOptimizer):
 
     def _forget(self) -> None:
         super()._forget()
-        self._ahead = None
+        self._ahead = self._next_memory = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; also takes a state dict of the torch optimizer that this one replaces.
+
+        Raises:
+            ValueError: for a state dict of an optimizer with other losses, or with the memory of another rule of
+                combination, besides torch's own reasons.
+        """
+        saved = state_dict["param_groups"][0]
+        if "combine_state" in saved:
+            rules = {option: saved.get(option, self.defaults[option]) for option in ("combine", "dominance")}
+            missing = combination.initial(torch.ones(len(self._names)), **rules).keys() - saved["combine_state"].keys()
+            if missing:
+                raise ValueError(
+                    f"state_dict: its memory of the combination lacks {', '.join(sorted(missing))}, which "
+                    f"combine={rules['combine']!r} with dominance={rules['dominance']!r} needs; construct the "
+                    "optimizer with the combine= and dominance= that it was saved with"
+                )
+        super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, with the options checked."""
@@ -260,8 +365,8 @@ class MoKDSGD(_MoKD, SGD):
         nesterov: bool = False,
         *,
         losses: int | Sequence[str] = ("task", "distill"),
-        combine: str | combination.Method = "min_norm",
-        dominance: str = "log",
+        combine: str | combination.Method | combination.Stateful = "min_norm",
+        dominance: str | combination.Method | combination.Stateful = "log",
         rescale: bool = True,
         every: int = 1,
         maximize: bool = False,
@@ -328,8 +433,8 @@ class MoKDAdamW(_MoKD, AdamW):
         amsgrad: bool = False,
         *,
         losses: int | Sequence[str] = ("task", "distill"),
-        combine: str | combination.Method = "min_norm",
-        dominance: str = "log",
+        combine: str | combination.Method | combination.Stateful = "min_norm",
+        dominance: str | combination.Method | combination.Stateful = "log",
         rescale: bool = True,
         every: int = 1,
         maximize: bool = False,

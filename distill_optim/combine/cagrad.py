@@ -15,6 +15,7 @@ from distill_optim.combine.qp import (
     on_faces,
     orthant_qp,
     refined_on_faces,
+    share_alike,
     simplex_qp,
     smallest,
     unit_rows,
@@ -104,7 +105,7 @@ def cagrad(gram: Tensor, losses: Tensor | None = None, *, c: float = 0.5) -> Ten
     gap = gap / torch.where(radius > 0, radius / c if c > 0 else radius, torch.ones_like(radius))[..., 0]
     outside = _dot(projected, projected @ unit) > radius.square() * (1 + ROUNDING)
     gap = torch.cat([torch.where(outside[..., 0], torch.inf, gap[..., :1]), gap[..., 1:]], -1)
-    return 1 / gram.shape[-1] + smallest(gap, candidates) * inverse
+    return 1 / gram.shape[-1] + share_alike(gram, smallest(gap, candidates) * inverse)
 
 
 def _on_sphere(

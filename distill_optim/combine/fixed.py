@@ -19,13 +19,13 @@ def sum(gram: Tensor | None, losses: Tensor) -> Tensor:
         losses: values of the losses, shape (..., K); their shape, type and device count.
 
     Returns:
-        Weights of shape (..., K).
+        Weights of shape (..., K), float64.
 
     Example:
         >>> sum(None, torch.zeros(2))
-        tensor([1., 1.])
+        tensor([1., 1.], dtype=torch.float64)
     """
-    return torch.ones_like(losses)
+    return torch.ones_like(losses, dtype=torch.float64)
 
 
 @losses_only
@@ -37,13 +37,13 @@ def mean(gram: Tensor | None, losses: Tensor) -> Tensor:
         losses: values of the losses, shape (..., K); their shape, type and device count.
 
     Returns:
-        Weights of shape (..., K).
+        Weights of shape (..., K), float64.
 
     Example:
         >>> mean(None, torch.zeros(2))
-        tensor([0.5000, 0.5000])
+        tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    return torch.full_like(losses, 1 / losses.shape[-1])
+    return torch.full_like(losses, 1 / losses.shape[-1], dtype=torch.float64)
 
 
 @losses_only
@@ -56,17 +56,17 @@ def constant(gram: Tensor | None, losses: Tensor, *, weights: Sequence[float] | 
         weights: K numbers; None stands for ones.
 
     Returns:
-        Weights of shape (..., K).
+        Weights of shape (..., K), float64.
 
     Raises:
         ValueError: for another number of weights than of losses.
 
     Example:
         >>> constant(None, torch.zeros(2), weights=[0.1, 0.9])
-        tensor([0.1000, 0.9000])
+        tensor([0.1000, 0.9000], dtype=torch.float64)
     """
     if weights is None:
-        return torch.ones_like(losses)
+        return torch.ones_like(losses, dtype=torch.float64)
     if len(weights) != losses.shape[-1]:
         raise ValueError(f"weights: expected one for each of {losses.shape[-1]} losses, got {len(weights)}")
-    return vector(weights, losses).expand_as(losses)
+    return vector(weights, losses.double()).expand_as(losses)

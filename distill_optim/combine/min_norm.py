@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distill_optim.combine.qp import simplex_qp
+from distill_optim.combine.rules import where_finite
 
 
 def min_norm(gram: Tensor, losses: Tensor | None = None) -> Tensor:
@@ -44,5 +45,5 @@ def min_norm(gram: Tensor, losses: Tensor | None = None) -> Tensor:
         cross = gram[..., 0, 1]
         excess = torch.stack([gram[..., 1, 1] - cross, gram[..., 0, 0] - cross], -1).clamp_min(0)
         total = excess.sum(-1, keepdim=True)
-        return torch.where(total == 0, 0.5, excess / total)
+        return where_finite(gram, torch.where(total == 0, 0.5, excess / total))
     return simplex_qp(gram)

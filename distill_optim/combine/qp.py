@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill_optim.combine.rules import where_finite
+
 # Up to this K all 2^K faces are solved at once (256 systems of order 8); beyond, interior-point steps.
 MAX_FACES = 8
 
@@ -66,7 +68,11 @@ def simplex_qp(matrix: Tensor) -> Tensor:
         length = (1 + _quadratic(unit, z)).reciprocal()  # the best multiple of z
         candidates = _found_faces_optima(lifted, linear, (z * length)[..., None, :], (y * length)[..., None, :])
     weights = normalise(candidates[..., 0, :, :] * s[..., None, :])
-    return share_alike(matrix, smallest(_simplex_gap(matrix, weights), weights))
+    shared = share_alike(matrix, smallest(_simplex_gap(matrix, weights), weights))
+    # Zero vectors, if there are any, are the shortest.
+    zero = (torch.diagonal(matrix, dim1=-2, dim2=-1) == 0).to(matrix.dtype)
+    count = zero.sum(-1, keepdim=True)
+    return where_finite(matrix, torch.where(count > 0, zero / count, shared))
 
 
 def orthant_qp(matrix: Tensor, linear: Tensor) -> Tensor:
@@ -146,7 +152,7 @@ def normalise(weights: Tensor) -> Tensor:
 
 
 def share_alike(matrix: Tensor, weights: Tensor) -> Tensor:
-    """Gives equal vectors equal weights, which leaves their sum Σ πᵢ gᵢ where it is; zero vectors, if any, take all.
+    """Gives equal vectors equal weights, which leaves the sum Σ wᵢgᵢ where it is.
 
     Example:
         >>> share_alike(torch.ones(2, 2), torch.tensor([1.0, 0.0]))
@@ -154,10 +160,7 @@ def share_alike(matrix: Tensor, weights: Tensor) -> Tensor:
     """
     # Whole rows: two vectors that are 1e-8 apart have equal norms and inner product to the last bit.
     alike = (matrix[..., :, None, :] == matrix[..., None, :, :]).all(-1).to(matrix.dtype)
-    shared = (alike * weights[..., None, :]).sum(-1) / alike.sum(-1)
-    zero = (torch.diagonal(matrix, dim1=-2, dim2=-1) == 0).to(matrix.dtype)
-    count = zero.sum(-1, keepdim=True)
-    return torch.where(count > 0, zero / count, shared)
+    return (alike * weights[..., None, :]).sum(-1) / alike.sum(-1)
 
 
 def all_faces(matrix: Tensor) -> Tensor:

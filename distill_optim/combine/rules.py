@@ -97,3 +97,13 @@ def vector(values: Any, like: Tensor) -> Tensor:
     if isinstance(values, Tensor):
         return values.to(like)
     return torch.stack([torch.full((), float(v), dtype=like.dtype, device=like.device) for v in values])
+
+
+def where_finite(gram: Tensor, weights: Tensor) -> Tensor:
+    """The weights, or nan for all of them where the Gram matrix is not finite.
+
+    Example:
+        >>> where_finite(torch.tensor([[1.0, 0.0], [0.0, torch.inf]]), torch.tensor([1.0, 0.0]))
+        tensor([nan, nan])
+    """
+    return torch.where(torch.isfinite(gram).all(-1).all(-1)[..., None], weights, torch.nan)

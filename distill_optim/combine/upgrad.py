@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from distill_optim.combine.dualproj import preferred
-from distill_optim.combine.qp import orthant_qp
+from distill_optim.combine.qp import orthant_qp, share_alike
 
 
 def upgrad(gram: Tensor, losses: Tensor | None = None, *, preference: Sequence[float] | Tensor | None = None) -> Tensor:
@@ -40,4 +40,4 @@ def upgrad(gram: Tensor, losses: Tensor | None = None, *, preference: Sequence[f
     gram = gram.double()
     u = preferred(gram, preference)
     # Row i is G uᵢeᵢ, the linear term of the projection of uᵢgᵢ.
-    return u + orthant_qp(gram, gram * u[..., :, None]).sum(-2)
+    return u + share_alike(gram, orthant_qp(gram, gram * u[..., :, None]).sum(-2))

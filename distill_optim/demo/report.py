@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -36,6 +37,8 @@ COLOURS = {
     "mokd": "#D55E00",
     "pcgrad": "#009E73",
 }
+# Beyond those: the methods that only show on request.
+MORE = [matplotlib.colormaps["tab20"](i) for i in range(20)]
 BASELINES = {"sum": "summed SGD", "fixed": "best fixed weight"}
 BLANK, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 MINUS = str.maketrans("-", "\N{MINUS SIGN}")
@@ -169,7 +172,7 @@ def picture(study: Study) -> Figure:
     (accuracies, task, distill), (cosine, conflict, weights) = figure.subplots(2, 3)
     for position, (key, row) in enumerate(study.rows.items()):
         mean, error = mean_and_error([run.test_accuracy for run in row.runs])
-        line = {"color": COLOURS[key], "label": row.label}
+        line = {"color": colour(key, study), "label": row.label}
         bar = 0 if math.isnan(error) else error
         accuracies.errorbar(mean, position, xerr=bar, fmt="o", capsize=3, **line)
         for axes, name in (
@@ -180,7 +183,7 @@ def picture(study: Study) -> Figure:
         ):
             curve = mean_curve(row, name)
             axes.plot(range(1, len(curve) + 1), curve, linewidth=1.6, **line)
-        draw_weights(weights, key, row)
+        draw_weights(weights, key, row, colour(key, study))
 
     title(accuracies, "Test accuracy", "", "mean ± standard error over the seeds")
     accuracies.set_yticks(range(len(study.rows)), [row.label for row in study.rows.values()])
@@ -210,22 +213,27 @@ def picture(study: Study) -> Figure:
     title(weights, "Weights: distillation solid, task dotted", "weight of the raw gradient")
     weights.set_ylim(-0.06, 2.06)
     handles, labels = task.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False)
     return figure
 
 
-def draw_weights(axes: Axes, key: str, row: Row) -> None:
+def colour(key: str, study: Study) -> Any:
+    others = [other for other in study.rows if other not in COLOURS]
+    return COLOURS.get(key) or MORE[others.index(key) % len(MORE)]
+
+
+def draw_weights(axes: Axes, key: str, row: Row, color: Any) -> None:
     """Where an optimizer chooses weights, those; where the validation split did, that constant."""
     epochs = len(row.runs[0].task_loss)
     if key == "fixed":
         weight = row.choice.distill_weight
         curve = [[2 - weight, weight]] * epochs
-    elif key in ("mokd", "pcgrad"):
+    elif row.runs[0].weights and not key.startswith("dot"):  # whose weights are all 1
         curve = mean_curve(row, "weights")
     else:
         return
     for values, style in zip(zip(*curve, strict=True), (":", "-"), strict=True):
-        axes.plot(range(1, epochs + 1), values, style, color=COLOURS[key], linewidth=1.6)
+        axes.plot(range(1, epochs + 1), values, style, color=color, linewidth=1.6)
 
 
 def title(axes: Axes, text: str, ylabel: str, xlabel: str = "epoch") -> None:

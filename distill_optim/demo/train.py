@@ -123,8 +123,12 @@ def apart(optimizer: DOTSGD | MoKDSGD, losses: Losses, weight: float) -> None:
     optimizer.step(losses)
 
 
+# The rows that are shown where none are asked for.
+USUAL = ("none", "sum", "fixed", "dot", "dot-matched", "mokd", "pcgrad")
+
+
 def recipes(settings: Settings) -> dict[str, Recipe]:
-    """The rows by the keys of ``--optimizers``, in the order of the table."""
+    """The rows by the keys of ``--optimizers``, in the order of the table; every combination method has one."""
     rows = {
         "none": Recipe("no teacher", SGD, summed, taught=False),
         "sum": Recipe("summed SGD", SGD, summed),
@@ -133,9 +137,11 @@ def recipes(settings: Settings) -> dict[str, Recipe]:
         "dot-matched": Recipe("DOTSGD, matched gain", functools.partial(DOTSGD, gain="matched"), apart),
         "mokd": Recipe("MoKDSGD", MoKDSGD, apart),
     }
-    if "pcgrad" in combine.names():
-        pcgrad = functools.partial(MoKDSGD, combine="pcgrad", dominance="none")
-        rows["pcgrad"] = Recipe("PCGrad", pcgrad, apart)
+    for name in combine.names():
+        # As published; "mokd" is min-norm on the log losses.
+        build = functools.partial(MoKDSGD, combine=name, dominance=combine.own_dominance(name))
+        key, label = ("pcgrad", "PCGrad") if name == "pcgrad" else (f"mokd-{name}", f"MoKDSGD, {name}")
+        rows[key] = Recipe(label, build, apart)
     return rows
 
 
@@ -239,7 +245,9 @@ def train_student(
             seconds.append(time.perf_counter() - start)
 
             if watch and reports:
-                cosines.append(optimizer.stats.cosines[0, 1].clone())
+                # Methods of the loss values alone never compare gradients.
+                if optimizer.stats.cosines is not None:
+                    cosines.append(optimizer.stats.cosines[0, 1].clone())
                 weights.append(optimizer.stats.weights.clone())
         if watch:
             with torch.no_grad():

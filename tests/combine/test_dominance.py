@@ -91,5 +91,5 @@ def test_result_has_the_dtype_of_the_gram_matrix(dominance: str) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match=r"^dominance='Log': expected one of 'log', 'norm', 'none'$"):
+    with pytest.raises(ValueError, match=r"^dominance='Log': expected one of 'log', 'norm', 'none', 'ema'$"):
         dominance_scales("Log", torch.eye(2), torch.ones(2))

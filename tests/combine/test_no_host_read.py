@@ -1,77 +1,16 @@
-"""Nothing in ``combine`` reads a tensor on the host or moves one there: run on fake tensors that claim to be on CUDA.
-
-A fake tensor has no data, so reading it raises. That includes a value-dependent shape. A copy to the host shows as a
-tensor on another device, and the one read that fake tensors let pass, the look at a LAPACK error code, by its name.
-"""
+"""Nothing in ``combine`` reads a tensor on the host or moves one there: see ``distill_optim.testing.fake_cuda``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from distill_optim import combine
-
-
-class LeftDevice(AssertionError):
-    """A tensor that is not on the device, or an operation that looks at the device's values."""
-
-
-class _Watch(TorchDispatchMode):
-    """Every operation's results lie on CUDA."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._linalg_check_errors.default:
-            raise LeftDevice("the error code of a decomposition")
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.device.type != "cuda":
-                raise LeftDevice(f"{func} gave a tensor on {leaf.device}")
-        return result
-
-
-class _Indexing(TorchFunctionMode):
-    """x[...] by views: indexing itself sets the current CUDA device, which a build without CUDA cannot."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__getitem__:
-            return _view(*args)
-        if func is Tensor.__setitem__:
-            x, index, value = args
-            return _view(x, index).add_(value)  # any update in place: there are no values here
-        return func(*args, **(kwargs or {}))
-
-
-def _view(x: Tensor, index: Any) -> Tensor:
-    entries = index if isinstance(index, tuple) else (index,)
-    dim = 0
-    for entry in entries:
-        if isinstance(entry, Tensor):
-            raise LeftDevice("a mask, whose ones the host has to count")
-        if entry is Ellipsis:
-            dim = x.dim() - sum(e is not None for e in entries[entries.index(Ellipsis) + 1 :])
-        elif entry is None:
-            x, dim = x.unsqueeze(dim), dim + 1
-        elif isinstance(entry, int):
-            x = x.select(dim, entry)
-        else:
-            x, dim = torch.ops.aten.slice.Tensor(x, dim, entry.start, entry.stop, entry.step or 1), dim + 1
-    return x
-
-
-def on_fake_cuda(function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> Tensor:
-    """``function`` of fake CUDA tensors of these shapes; raises where the host would read or receive anything."""
-    with FakeTensorMode():
-        arguments = [torch.empty(shape, device="cuda") for shape in shapes]
-        with _Indexing(), _Watch():  # type: ignore[no-untyped-call]  # torch's
-            return function(*arguments)
+from distill_optim.testing import LeftDevice, on_fake_cuda
 
 
 @pytest.mark.parametrize(

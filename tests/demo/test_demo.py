@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from distill_optim import combine
 from distill_optim.__main__ import main
 from distill_optim.demo import data, train
 
@@ -35,7 +36,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("demo") / "new" / "folder"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        status = main(["demo", "--quick", "--out", str(folder)])
+        status = main(["demo", "--quick", "--optimizers", "all", "--out", str(folder)])
     return Outcome(status, printed.getvalue(), folder)
 
 
@@ -67,7 +68,9 @@ def test_json_holds_what_was_measured(quick: Outcome) -> None:
         assert row["test_accuracy"]["mean"] == pytest.approx(sum(accuracies) / seeds)
         assert len(row["curves"]["task_loss"]) == len(row["curves"]["distill_loss"]) == epochs
         assert row["step_seconds"] > 0
-        if key == "none":
+        method = key.removeprefix("mokd-")
+        of_values = key != method and not combine.needs_gram(method, combine.own_dominance(method))
+        if key == "none" or of_values:  # nobody compared gradients
             assert row["share_of_steps_in_conflict"] is None
         else:
             assert 0 <= row["share_of_steps_in_conflict"] <= 1
@@ -220,3 +223,9 @@ def test_failed_write_leaves_nothing(
     captured = capsys.readouterr()
     assert "summed SGD" in captured.out
     assert "No space left on device" in captured.err
+
+
+def test_every_combination_method_has_a_row() -> None:
+    shown = {recipe.build.keywords.get("combine") for recipe in RECIPES.values() if hasattr(recipe.build, "keywords")}
+    assert shown >= set(combine.names())
+    assert set(train.USUAL) < set(RECIPES)

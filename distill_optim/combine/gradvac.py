@@ -1,0 +1,97 @@
+"""Gradient vaccine (GradVac): every gradient brought to the cosines with the others that are usual."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from distill_optim.combine.linalg import ROUNDING, unit_rows
+from distill_optim.combine.pcgrad import random_orders
+from distill_optim.combine.rules import State, Stateful
+
+
+@dataclass(frozen=True)
+class GradVac(Stateful):
+    r"""Weights of the sum of the gradients, each turned towards those that it is less alike than it used to be.
+
+    With :math:`\phi_{ij}` the cosine of :math:`g_i'` and :math:`g_j`, for all :math:`j \ne i` in random order
+
+    .. math:: g_i' \leftarrow g_i' + \frac{\lVert g_i'\rVert
+        \bigl(\hat\phi_{ij}\sqrt{1-\phi_{ij}^2} - \phi_{ij}\sqrt{1-\hat\phi_{ij}^2}\bigr)}
+        {\lVert g_j\rVert\sqrt{1-\hat\phi_{ij}^2}}\, g_j \quad\text{if } \phi_{ij} < \hat\phi_{ij},
+        \qquad \hat\phi_{ij} \leftarrow (1-\beta)\,\hat\phi_{ij} + \beta\,\phi_{ij}
+
+    Wang et al., *Gradient vaccine* (ICLR 2021), eq. 3 and 4 and algorithm 1, with all parameters in one group;
+    :math:`g_i'` starts as :math:`g_i`, which has afterwards the cosine :math:`\hat\phi_{ij}` with :math:`g_j`, and the
+    step is :math:`\sum_i g_i'`. It begins with targets of 0, and those make it
+    :func:`~distill_optim.combine.pcgrad.pcgrad`.
+
+    A gradient that is zero, or that its own corrections have cancelled, has no angle: neither it nor the target
+    changes. A target of 1, which equal gradients approach, asks for an infinite weight of any other; it counts as
+    :math:`1 - 1.4\cdot 10^{-14}`, the last that the cosine of equal gradients is known to exceed.
+
+    The state is ``targets``, :math:`\hat\phi`, shape (K, K). A Gram matrix that is not finite leaves it as it was.
+
+    Args:
+        beta: share of the newest cosine in the target.
+        generator: draws the orders, on the device of the Gram matrix; None stands for that device's default generator.
+            A copy of the rule has a generator of its own in the same state.
+
+    Raises:
+        ValueError: for a beta outside [0, 1].
+
+    Example:
+        >>> rule, losses = GradVac(), torch.ones(2)
+        >>> weights, state = rule(torch.tensor([[4.0, -1.0], [-1.0, 1.0]]), losses, rule.init(losses))
+        >>> weights
+        tensor([1.2500, 2.0000], dtype=torch.float64)
+        >>> state["targets"]
+        tensor([[ 0.0000, -0.2500],
+                [-0.2500,  0.0000]], dtype=torch.float64)
+    """
+
+    beta: float = 0.5
+    generator: torch.Generator | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta={self.beta!r}: expected a number from 0 to 1")
+
+    def init(self, losses: Tensor) -> State:
+        """Targets of 0."""
+        return {"targets": losses.new_zeros((len(losses), len(losses)), dtype=torch.float64)}
+
+    def __call__(self, gram: Tensor, losses: Tensor, state: State) -> tuple[Tensor, State]:
+        """Weights, at least 1 each, or nan for a Gram matrix that is not finite; and the targets of the next step."""
+        gram = gram.double()
+        k = len(gram)
+        visits = random_orders((k,), gram.device, self.generator)
+        cosines, lengths = unit_rows(gram)
+        targets = state["targets"]
+        index = torch.arange(k, device=gram.device)
+        # gᵢ′/‖gᵢ‖ = Σⱼ cᵢⱼ gⱼ/‖gⱼ‖: rows of coefficients, and of the inner products with the unit gradients.
+        c = torch.eye(k, dtype=gram.dtype, device=gram.device)
+        inner = cosines
+        moved = torch.zeros_like(targets)
+        for position in range(k - 1):
+            here = (visits[:, position, None] == index).to(gram)  # row i is 1 at the j that it visits
+            squared = (c * inner).sum(-1, keepdim=True)
+            # Beside the sum of the terms' lengths, which is what the rounding errors are measured by.
+            angled = (squared > ROUNDING * c.abs().sum(-1, keepdim=True) ** 2) & (here @ lengths[:, None] > 0)
+            size = torch.where(angled, squared, 1).sqrt()
+            phi = ((inner * here).sum(-1, keepdim=True) / size).clamp(-1, 1)
+            was = (targets * here).sum(-1, keepdim=True)
+            target = was.clamp(ROUNDING - 1, 1 - ROUNDING)
+            # With the angles, a = ‖gᵢ′‖ sin(ϕ − ϕ̂) / sin ϕ̂.
+            a = size * (target * (1 - phi**2).sqrt() / (1 - target**2).sqrt() - phi)
+            change = torch.where(angled & (phi < target), a, 0) * here
+            c, inner = c + change, inner + change @ cosines
+            moved = moved + torch.where(angled, phi - was, 0) * here
+        # cᵢᵢ stays 1, so that a zero gradient has weight 1.
+        others = (lengths[:, None] * (c - torch.eye(k, dtype=gram.dtype, device=gram.device))).sum(0)
+        weights = 1 + others / torch.where(lengths > 0, lengths, 1)
+        finite = torch.isfinite(gram).all()
+        targets = torch.where(finite, targets + self.beta * moved, targets)
+        return torch.where(finite, weights, torch.nan), {"targets": targets}
