@@ -21,6 +21,7 @@ test = [
     "pytest-xdist>=3",  # the suite on all cores
     "hypothesis>=6.100",  # the theorems
     "scipy>=1.11",  # an independent quadratic-programming solver as oracle
+    "torchjd[full]>=0.18",  # the same methods by other hands
     "sybil>=8",  # runs the examples in README and docs
 ]
 docs = [
@@ -28,7 +29,7 @@ docs = [
     "furo",  # theme that reads well on a phone
     "myst-parser",  # pages in Markdown
 ]
-bench = ["matplotlib>=3.8", "torchjd", "pytorch-optimizer"]  # the peers
+bench = ["matplotlib>=3.8", "scipy>=1.11", "torchjd[full]", "pytorch-optimizer"]  # the peers
 
 setup(
     name="distill_optim",

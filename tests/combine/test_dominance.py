@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distill_optim.combine import DOMINANCE, dominance_scales
+from distill_optim.combine import DOMINANCE, EMANorm, dominance_rule, dominance_scales
 from tests.properties.gradients import gradients, gram_of, independent_gradients
+from tests.reference import loss_methods as reference
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -93,3 +94,63 @@ def test_result_has_the_dtype_of_the_gram_matrix(dominance: str) -> None:
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match=r"^dominance='Log': expected one of 'log', 'norm', 'none', 'ema'$"):
         dominance_scales("Log", torch.eye(2), torch.ones(2))
+
+
+# ---------------------------------------------------------------- the average of the norms
+
+sequences = st.lists(st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=3), min_size=1, max_size=8).map(
+    lambda x: torch.tensor(x, dtype=torch.float64)
+)
+
+
+def over_steps(rule: EMANorm, norms: Tensor) -> Tensor:
+    """Scales step by step, for gradients at right angles with these norms (T, K)."""
+    state = rule.init(norms[0])
+    scales = []
+    for row in norms:
+        now, state = rule(torch.diag(row.square()), torch.ones_like(row), state)
+        scales.append(now)
+    return torch.stack(scales)
+
+
+@given(sequences, st.floats(0, 0.999))
+def test_average_is_that_of_the_norms(norms: Tensor, decay: float) -> None:
+    # The correction 1 − βᵗ loses the digits that 1 − β has less than 1: three at most, of some ten roundings.
+    torch.testing.assert_close(
+        over_steps(EMANorm(decay), norms), reference.ema_norms(norms, decay), rtol=1e3 * 16 * EPS, atol=0
+    )
+
+
+@given(sequences)
+def test_without_decay_it_is_the_norm(norms: Tensor) -> None:
+    expected = torch.stack([dominance_scales("norm", torch.diag(row.square()), row) for row in norms])
+    torch.testing.assert_close(over_steps(EMANorm(0.0), norms), expected, rtol=4 * EPS, atol=0)  # 1 − 0 and a quotient
+
+
+@given(sequences, st.integers(-60, 60))
+def test_average_scales_with_the_gradients(norms: Tensor, exponent: int) -> None:
+    """To the bit for a power of two."""
+    assert torch.equal(over_steps(EMANorm(), norms * 2.0**exponent) * 2.0**exponent, over_steps(EMANorm(), norms))
+
+
+def test_gradient_that_vanishes_for_a_step_stays_short() -> None:
+    scales = over_steps(EMANorm(0.5), torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64))
+    assert scales[1, 0] == 1
+    assert scales[1, 1] == 3  # the average of 1 and 0, the younger counting twice
+
+
+def test_gradient_that_never_was_anything_but_zero() -> None:
+    assert over_steps(EMANorm(), torch.zeros(2, 2, dtype=torch.float64)).tolist() == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_decay_out_of_range(decay: float) -> None:
+    with pytest.raises(ValueError, match=r"^decay=.*: expected a number in \[0, 1\)$"):
+        EMANorm(decay)
+
+
+def test_rules_are_named_or_themselves() -> None:
+    assert dominance_rule("ema") == EMANorm()
+    assert dominance_rule(EMANorm(0.5)) == EMANorm(0.5)
+    with pytest.raises(TypeError, match=r"^dominance=3: expected a name or a function"):
+        dominance_rule(3)  # type: ignore[arg-type]  # what is refused
