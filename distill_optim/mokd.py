@@ -330,14 +330,14 @@ class MoKDSGD(_MoKD, SGD):
         lr: learning rate, a number or a tensor.
         momentum, dampening, weight_decay, nesterov: as in ``torch.optim.SGD``, on the combined gradient.
         losses: names of the losses, the task first, or how many there are.
-        combine: name of a method of :mod:`distill_optim.combine`, a function ``(gram, losses) -> weights``, or a rule with
-            a memory such as ``combine.FAMO()``.
-        dominance: ``"log"`` (gradients of the log losses), ``"norm"`` (unit gradients), ``"ema"`` (gradients in units of
-            their usual length) or ``"none"``; or a rule, see :func:`distill_optim.combine.dominance_scales`.
+        combine: name of a method of :mod:`distill_optim.combine`, a function ``(gram, losses) -> weights``, or a rule
+            with a memory such as ``combine.FAMO()``.
+        dominance: ``"log"`` (gradients of the log losses), ``"norm"`` (unit gradients), ``"ema"`` (gradients in units
+            of their usual length) or ``"none"``; or a rule, see :func:`distill_optim.combine.dominance_scales`.
         rescale: whether the magnitudes of the weights on the raw gradients sum to the number of losses, so that a
             learning rate tuned for the summed loss keeps its meaning and equal gradients give the summed loss's step.
-        every: new weights in every so many steps; the steps between walk back the weighted sum, once. Methods of the loss
-            values alone always do.
+        every: new weights in every so many steps; the steps between walk back the weighted sum, once. Methods of the
+            loss values alone always do.
         maximize, foreach, differentiable, fused: as in ``torch.optim.SGD``.
         process_group: ``"auto"`` or a group: several losses are refused while more than one process runs, because
             their gradients are not averaged yet; None: the processes are taken as independent.

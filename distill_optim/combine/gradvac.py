@@ -65,33 +65,36 @@ class GradVac(Stateful):
 
     def __call__(self, gram: Tensor, losses: Tensor, state: State) -> tuple[Tensor, State]:
         """Weights, at least 1 each, or nan for a Gram matrix that is not finite; and the targets of the next step."""
-        gram = gram.double()
-        k = len(gram)
+        gram, targets, k = gram.double(), state["targets"], len(gram)
         visits = random_orders((k,), gram.device, self.generator)
         cosines, lengths = unit_rows(gram)
-        targets = state["targets"]
-        index = torch.arange(k, device=gram.device)
-        # gᵢ′/‖gᵢ‖ = Σⱼ cᵢⱼ gⱼ/‖gⱼ‖: rows of coefficients, and of the inner products with the unit gradients.
-        c = torch.eye(k, dtype=gram.dtype, device=gram.device)
-        inner = cosines
-        moved = torch.zeros_like(targets)
+        entries = cosines.flatten().expand(k, k * k)
+        nonzero = lengths.expand(k, k).gather(-1, visits) > 0
+        before = targets.gather(-1, visits)
+        target = before.clamp(ROUNDING - 1, 1 - ROUNDING)
+        cotangent = target / (1 - target**2).sqrt()
+        # Of gᵢ′/‖gᵢ‖ the inner products with the unit gradients that are still to be visited, the square, and the sum of
+        # the lengths that make it up, by which its rounding errors are measured.
+        inner = entries.gather(-1, torch.arange(k, device=gram.device)[:, None] * k + visits)
+        squared = reach = cosines.diagonal()[:, None]
+        shares, changes = [inner[:, :0]], [inner[:, :0]]
         for position in range(k - 1):
-            here = (visits[:, position, None] == index).to(gram)  # row i is 1 at the j that it visits
-            squared = (c * inner).sum(-1, keepdim=True)
-            # Beside the sum of the terms' lengths, which is what the rounding errors are measured by.
-            angled = (squared > ROUNDING * c.abs().sum(-1, keepdim=True) ** 2) & (here @ lengths[:, None] > 0)
+            angled = (squared > ROUNDING * reach**2) & nonzero[:, position, None]
             size = torch.where(angled, squared, 1).sqrt()
-            phi = ((inner * here).sum(-1, keepdim=True) / size).clamp(-1, 1)
-            was = (targets * here).sum(-1, keepdim=True)
-            target = was.clamp(ROUNDING - 1, 1 - ROUNDING)
-            # With the angles, a = ‖gᵢ′‖ sin(ϕ − ϕ̂) / sin ϕ̂.
-            a = size * (target * (1 - phi**2).sqrt() / (1 - target**2).sqrt() - phi)
-            change = torch.where(angled & (phi < target), a, 0) * here
-            c, inner = c + change, inner + change @ cosines
-            moved = moved + torch.where(angled, phi - was, 0) * here
-        # cᵢᵢ stays 1, so that a zero gradient has weight 1.
-        others = (lengths[:, None] * (c - torch.eye(k, dtype=gram.dtype, device=gram.device))).sum(0)
-        weights = 1 + others / torch.where(lengths > 0, lengths, 1)
+            phi = (inner[:, :1] / size).clamp(-1, 1)
+            share = size * (cotangent[:, position, None] * (1 - phi**2).sqrt() - phi)
+            share = torch.where(angled & (phi < target[:, position, None]), share, 0)
+            squared, reach = squared + share * (2 * inner[:, :1] + share), reach + share
+            rest = entries.gather(-1, visits[:, position, None] * k + visits[:, position + 1 :])
+            inner = inner[:, 1:] + share * rest
+            shares.append(share)
+            changes.append(torch.where(angled, phi - before[:, position, None], 0))
+        # Back from the order of the visit to that of the losses, and from unit gradients: gᵢ′ = gᵢ + Σⱼ cᵢⱼ ‖gᵢ‖/‖gⱼ‖ gⱼ.
+        zeros = torch.zeros_like(cosines)
+        c, change = (zeros.scatter(-1, visits, torch.cat(x, -1)) for x in (shares, changes))
+        weights = 1 + (lengths[:, None] * c).sum(0) / torch.where(lengths > 0, lengths, 1)
         finite = torch.isfinite(gram).all()
-        targets = torch.where(finite, targets + self.beta * moved, targets)
-        return torch.where(finite, weights, torch.nan), {"targets": targets}
+        return (
+            torch.where(finite, weights, torch.nan),
+            {"targets": torch.where(finite, targets + self.beta * change, targets)},
+        )

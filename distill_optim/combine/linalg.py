@@ -72,7 +72,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     r"""Eigenvalues and eigenvectors of symmetric matrices, :math:`A = V \operatorname{diag}(\lambda) V^\top`.
 
     The CPU calls LAPACK. On an accelerator ``torch.linalg.eigh`` hands an error code to the host, which waits for it;
-    there a fixed number of Jacobi sweeps takes its place, about 15 launches for every two of the K rows.
+    there a fixed number of Jacobi sweeps takes its place: 340 launches for K = 4, 720 for K = 8 and 3500 for K = 32.
 
     Args:
         matrix: shape (..., K, K), float64; symmetric.

@@ -83,7 +83,7 @@ def pcgrad_average(gram: Tensor, losses: Tensor | None = None, *, generator: tor
     Example:
         >>> gram = torch.tensor([[1.0, -0.5, -0.5], [-0.5, 1.0, 0.0], [-0.5, 0.0, 1.0]])
         >>> pcgrad_average(gram)
-        tensor([2.0000, 1.5000, 1.5000], dtype=torch.float64)
+        tensor([2.0000, 1.6250, 1.6250], dtype=torch.float64)
     """
     return pcgrad(gram, losses, orders=None, generator=generator)
 

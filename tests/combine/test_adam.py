@@ -21,7 +21,7 @@ from distill_optim.combine.gradnorm import GradNorm
 from distill_optim.combine.rules import State, Stateful, apply, uses_gram
 from distill_optim.combine.stch import STCH
 from distill_optim.combine.uncertainty import Uncertainty
-from tests.combine.test_no_host_read import on_fake_cuda
+from distill_optim.testing import on_fake_cuda
 from tests.helpers import assert_same_tree
 
 EPS = torch.finfo(torch.float64).eps

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill_optim.combine import fixed
 from distill_optim.combine.rules import uses_gram
-from tests.combine.test_no_host_read import on_fake_cuda
+from distill_optim.testing import on_fake_cuda
 
 shapes = st.one_of(st.tuples(st.integers(1, 64)), st.tuples(st.integers(0, 3), st.integers(1, 64)), st.just((2, 3, 5)))
 

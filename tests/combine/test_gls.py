@@ -13,7 +13,7 @@ from torch import Tensor
 from distill_optim.combine import dominance_scales
 from distill_optim.combine.gls import gls
 from distill_optim.combine.rules import uses_gram
-from tests.combine.test_no_host_read import on_fake_cuda
+from distill_optim.testing import on_fake_cuda
 from tests.reference import loss_methods as reference
 
 EPS = torch.finfo(torch.float64).eps

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill_optim.combine.random import random
 from distill_optim.combine.rules import uses_gram
-from tests.combine.test_no_host_read import on_fake_cuda
+from distill_optim.testing import on_fake_cuda
 
 EPS = torch.finfo(torch.float64).eps
 
