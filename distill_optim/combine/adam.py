@@ -63,20 +63,3 @@ def adam(
     length = lr / (1 - beta1**step)
     scale = second.sqrt() / (1 - beta2**step).sqrt() + eps
     return value - length * first / scale, {"exp_avg": first, "exp_avg_sq": second, "step": step}
-
-
-def keep(worth: Tensor, new: State, old: State) -> State:
-    """The new memory, or the old one where the step is not worth keeping.
-
-    One loss that is not finite, as mixed precision gives now and then, would otherwise stay in the averages for ever.
-
-    Args:
-        worth: one truth value, shape ().
-        new: the memory after the step.
-        old: the memory before it, with the same entries.
-
-    Example:
-        >>> keep(torch.tensor(False), {"total": torch.tensor(torch.nan)}, {"total": torch.tensor(2.0)})
-        {'total': tensor(2.)}
-    """
-    return {name: torch.where(worth, new[name], value) for name, value in old.items()}

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from distill_optim.combine.linalg import ROUNDING, largest_square, reciprocal, unit_rows
 from distill_optim.combine.qp import (
     MAX_FACES,
-    ROUNDING,
     all_faces,
     candidate_faces,
     on_faces,
@@ -18,7 +18,6 @@ from distill_optim.combine.qp import (
     share_alike,
     simplex_qp,
     smallest,
-    unit_rows,
 )
 
 _STEPS = 30
@@ -68,8 +67,8 @@ def cagrad(gram: Tensor, losses: Tensor | None = None, *, c: float = 0.5) -> Ten
     if not c >= 0:
         raise ValueError(f"c={c}: expected at least 0")
     gram = gram.double()
-    unit, inverse, square = unit_rows(gram)
-    relative = gram / square[..., None]
+    unit, lengths = unit_rows(gram)
+    inverse, relative = reciprocal(lengths), gram / largest_square(gram)
     radius = c * relative.mean(-1).mean(-1).clamp_min(0).sqrt()[..., None]
     # In unit rows: z = y‖g‖, Cz + β − λs ≥ 0, zᵀCz = r².
     beta = relative.mean(-1) * inverse

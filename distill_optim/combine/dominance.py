@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill_optim.combine.rules import Method, State, Stateful, apply, losses_only
+from distill_optim.combine.rules import Method, State, Stateful, apply, keep, losses_only
 
 # ∇log L = ∇L / L explodes as L → 0; below this share of the largest loss the denominator stays where it is.
 _LOG_FLOOR = 1e-8
@@ -36,7 +36,7 @@ class EMANorm(Stateful):
 
     the bias-corrected average of Adam (Kingma & Ba, ICLR 2015, section 3). As ``"norm"`` no loss dominates by the
     length of its gradient, but a gradient that vanishes for a step stays short in that step, and a noisy length does
-    not become a noisy scale.
+    not become a noisy scale. A step whose Gram matrix is not finite is not remembered.
 
     Attributes:
         decay: β in [0, 1); 0 is ``"norm"``.
@@ -60,15 +60,16 @@ class EMANorm(Stateful):
             raise ValueError(f"decay={self.decay}: expected a number in [0, 1)")
 
     def init(self, losses: Tensor) -> State:
-        """The memory before the first step: average lengths, shape (K,), and how many went into them, shape ()."""
+        """The memory before the first step: average lengths, and how many went into them, both of shape (K,)."""
         zero = torch.zeros_like(losses, dtype=torch.float64)
-        return {"norms": zero, "count": zero.sum()}
+        return {"norms": zero, "count": zero.clone()}
 
     def __call__(self, gram: Tensor, losses: Tensor, state: State) -> tuple[Tensor, State]:
         """Scales, shape (K,), and the next memory."""
         count = state["count"] + 1
         norms = torch.lerp(state["norms"], _norms(gram.double()), 1 - self.decay)
-        return _reciprocal(norms / (1 - self.decay**count)), {"norms": norms, "count": count}
+        scales = _reciprocal(norms / (1 - self.decay**count))
+        return scales, keep(torch.isfinite(norms).all(), {"norms": norms, "count": count}, state)
 
 
 _RULES: dict[str, Method | Stateful] = {"log": _log, "norm": _norm, "none": _none, "ema": EMANorm()}
@@ -99,14 +100,14 @@ def dominance_rule(dominance: str | Method | Stateful) -> Method | Stateful:
 def dominance_scales(dominance: str | Method | Stateful, gram: Tensor, losses: Tensor) -> Tensor:
     r"""Factors :math:`s_i` such that :math:`s_i \nabla L_i` enter the combination.
 
-    ========  ==========================================  =====================================
-    name      :math:`s_i`                                 the gradients become
-    ========  ==========================================  =====================================
-    ``log``   :math:`1/\max(|L_i|, 10^{-8}\max_j|L_j|)`    :math:`\nabla \log L_i` (DTO-KD, eq. of the dual)
-    ``norm``  :math:`1/\lVert\nabla L_i\rVert`             unit vectors; a zero gradient stays zero
-    ``ema``   1/average of :math:`\lVert\nabla L_i\rVert`  in units of their usual length, see :class:`EMANorm`
-    ``none``  1                                           the raw gradients
-    ========  ==========================================  =====================================
+    ========  ============================================  ==============================================
+    name      :math:`s_i`                                   the gradients become
+    ========  ============================================  ==============================================
+    ``log``   :math:`1/\max(|L_i|, 10^{-8}\max_j|L_j|)`     :math:`\nabla \log L_i` (DTO-KD, eq. of the dual)
+    ``norm``  :math:`1/\lVert\nabla L_i\rVert`              unit vectors; a zero gradient stays zero
+    ``ema``   1/average of :math:`\lVert\nabla L_i\rVert`   in units of their usual length, see EMANorm
+    ``none``  1                                             the raw gradients
+    ========  ============================================  ==============================================
 
     The logarithm needs positive losses. For a loss :math:`\le 0` its absolute value stands in the denominator:
     progress is then measured relative to the loss's magnitude, and the direction stays a descent direction.

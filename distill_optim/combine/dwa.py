@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from distill_optim.combine.adam import keep
-from distill_optim.combine.rules import State, Stateful
+from distill_optim.combine.rules import State, Stateful, keep
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class DWA(Stateful):
     def init(self, losses: Tensor) -> State:
         zeros = torch.zeros_like(losses, dtype=torch.float64)
         return {
-            "step": zeros.new_zeros(()),
+            "step": zeros.clone(),  # every loss counts those that it was given in
             "total": zeros,  # of the window under way
             "last": zeros.clone(),  # mean over the window before
             "before_last": zeros.clone(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill_optim.combine.qp import unit_rows
+from distill_optim.combine.linalg import largest_square, reciprocal, unit_rows
 
 # The weights may grow by three quarters, or fall by as much of themselves, in a step; so 1e6 is 25 steps away, and
 # from there Newton's method doubles the digits.
@@ -58,9 +58,9 @@ def fairgrad(gram: Tensor, losses: Tensor | None = None, *, alpha: float = 2.0) 
         raise ValueError(f"alpha={alpha}: expected more than 0")
     gram = gram.double()
     beta = 1 / alpha
-    unit, inverse, square = unit_rows(gram)
-    zero = torch.diagonal(unit, dim1=-2, dim2=-1) == 0
-    unit = unit + torch.diag_embed(zero.to(unit.dtype) + _PROXIMAL)
+    unit, lengths = unit_rows(gram)
+    inverse = reciprocal(lengths)
+    unit = unit + torch.diag_embed((lengths == 0).to(unit.dtype) + _PROXIMAL)
     # In z = w‖g‖: Cz = a z^(−β) with a = ‖g‖^(β − 1), the largest brought to 1; z then is off by its power 1/(1 + β).
     a = inverse ** (1 - beta)
     unit_of_a = a.amax(-1, keepdim=True)
@@ -72,6 +72,6 @@ def fairgrad(gram: Tensor, losses: Tensor | None = None, *, alpha: float = 2.0) 
         dz = torch.cholesky_solve((wanted - (unit @ z[..., None])[..., 0])[..., None], factor)[..., 0]
         z = z + dz * (_TRUST / (dz / z).abs().amax(-1, keepdim=True).clamp_min(_TRUST))
     # ‖G‖_F in units of the squared length of the longest gradient.
-    frobenius = (gram / square[..., None]).square().sum((-2, -1), keepdim=True).sqrt()[..., 0]
+    frobenius = (gram / largest_square(gram)).square().sum((-2, -1), keepdim=True).sqrt()[..., 0]
     frobenius = torch.where(frobenius > 0, frobenius, torch.ones_like(frobenius))
     return z * inverse * (unit_of_a * frobenius) ** (1 / (1 + beta))

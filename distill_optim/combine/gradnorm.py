@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill_optim.combine.adam import adam, adam_state, keep
-from distill_optim.combine.rules import State, Stateful
+from distill_optim.combine.adam import adam, adam_state
+from distill_optim.combine.rules import State, Stateful, keep
 
 # On target up to this share of it: the objective has a kink there, and the sign of a rounding error is not a slope.
 _ON_TARGET = 1e-12

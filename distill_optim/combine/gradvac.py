@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +56,8 @@ class GradVac(Stateful):
     beta: float = 0.5
     generator: torch.Generator | None = field(default=None, compare=False)
 
+    uses_losses: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta={self.beta!r}: expected a number from 0 to 1")
@@ -73,8 +76,8 @@ class GradVac(Stateful):
         before = targets.gather(-1, visits)
         target = before.clamp(ROUNDING - 1, 1 - ROUNDING)
         cotangent = target / (1 - target**2).sqrt()
-        # Of gᵢ′/‖gᵢ‖ the inner products with the unit gradients that are still to be visited, the square, and the sum of
-        # the lengths that make it up, by which its rounding errors are measured.
+        # Of gᵢ′/‖gᵢ‖: the inner products with the unit gradients that are still to be visited, the square, and the
+        # length before anything cancels, by which rounding is measured.
         inner = entries.gather(-1, torch.arange(k, device=gram.device)[:, None] * k + visits)
         squared = reach = cosines.diagonal()[:, None]
         shares, changes = [inner[:, :0]], [inner[:, :0]]
@@ -82,6 +85,7 @@ class GradVac(Stateful):
             angled = (squared > ROUNDING * reach**2) & nonzero[:, position, None]
             size = torch.where(angled, squared, 1).sqrt()
             phi = (inner[:, :1] / size).clamp(-1, 1)
+            # ‖gᵢ′‖ (cot ϑ̂ sin ϑ − cos ϑ) with φ = cos ϑ and φ̂ = cos ϑ̂.
             share = size * (cotangent[:, position, None] * (1 - phi**2).sqrt() - phi)
             share = torch.where(angled & (phi < target[:, position, None]), share, 0)
             squared, reach = squared + share * (2 * inner[:, :1] + share), reach + share
@@ -89,12 +93,10 @@ class GradVac(Stateful):
             inner = inner[:, 1:] + share * rest
             shares.append(share)
             changes.append(torch.where(angled, phi - before[:, position, None], 0))
-        # Back from the order of the visit to that of the losses, and from unit gradients: gᵢ′ = gᵢ + Σⱼ cᵢⱼ ‖gᵢ‖/‖gⱼ‖ gⱼ.
+        # Back from the order of the visit to that of the losses: gᵢ′/‖gᵢ‖ = gᵢ/‖gᵢ‖ + Σⱼ cᵢⱼ gⱼ/‖gⱼ‖.
         zeros = torch.zeros_like(cosines)
         c, change = (zeros.scatter(-1, visits, torch.cat(x, -1)) for x in (shares, changes))
         weights = 1 + (lengths[:, None] * c).sum(0) / torch.where(lengths > 0, lengths, 1)
         finite = torch.isfinite(gram).all()
-        return (
-            torch.where(finite, weights, torch.nan),
-            {"targets": torch.where(finite, targets + self.beta * change, targets)},
-        )
+        targets = torch.where(finite, targets + self.beta * change, targets)
+        return torch.where(finite, weights, torch.nan), {"targets": targets}

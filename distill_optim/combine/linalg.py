@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 # below this share of the largest counts as zero, so singular values are known down to a share of 1.2e-7.
 ROUNDING = 64 * torch.finfo(torch.float64).eps
 
-# See _jacobi. Without these steps 64 rows would take more than 20 sweeps; with them 6 are enough, and 8 are made.
+# See _jacobi: steps before the sweeps and after each of them, and the largest angle of the latter. Without them 64 rows
+# would take more than 20 sweeps; with them 6 are enough, and 8 are made.
 _QR_STEPS = 4
 _SIMULTANEOUS_STEPS = 2
 _SMALL_ANGLE = 0.1
@@ -32,11 +33,31 @@ def unit_rows(gram: Tensor) -> tuple[Tensor, Tensor]:
         (tensor([[1.0000, 0.5000],
                 [0.5000, 1.0000]], dtype=torch.float64), tensor([1.0000, 0.5000], dtype=torch.float64))
     """
-    largest = gram.diagonal(0, -2, -1).amax(-1)[..., None, None]
-    gram = gram / torch.where(largest > 0, largest, 1)
+    gram = gram / largest_square(gram)
     lengths = gram.diagonal(0, -2, -1).sqrt()
-    inverse = torch.where(lengths > 0, lengths, 1).reciprocal()
+    inverse = reciprocal(lengths)
     return gram * inverse[..., :, None] * inverse[..., None, :], lengths
+
+
+def largest_square(gram: Tensor) -> Tensor:
+    """The squared length of the longest gradient, shape (..., 1, 1); 1 where all are zero.
+
+    Example:
+        >>> largest_square(torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
+        tensor([[4.]])
+    """
+    largest = gram.diagonal(0, -2, -1).amax(-1)[..., None, None]
+    return torch.where(largest > 0, largest, 1)
+
+
+def reciprocal(lengths: Tensor) -> Tensor:
+    """Reciprocal lengths; 1, as for the longest, where a length is 0.
+
+    Example:
+        >>> reciprocal(torch.tensor([0.0, 0.5]))
+        tensor([1., 2.])
+    """
+    return torch.where(lengths > 0, lengths, 1).reciprocal()
 
 
 def equal_projections(cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,6 +80,8 @@ def equal_projections(cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         >>> x
         tensor([0.6250, 0.6250], dtype=torch.float64)
     """
+    if cosines.shape[-1] == 2:
+        return _equal_projections_of_two(cosines)
     values, vectors = eigh(cosines)
     held = values > ROUNDING * values[..., -1:]
     ones = vectors.sum(-2) * held  # their coordinates among the eigenvectors
@@ -66,6 +89,17 @@ def equal_projections(cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ones = (ones * (ones.norm(dim=-1, keepdim=True) > ROUNDING * cosines.shape[-1]))[..., None, :]
     inverse = torch.where(held, values, 1).reciprocal()[..., None, :]
     return (vectors * ones * inverse).sum(-1), (vectors * ones).sum(-1), (ones * ones * inverse).sum((-2, -1))
+
+
+def _equal_projections_of_two(cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In closed form: (1, 1) is the eigenvector that counts, with the eigenvalue 1 + cos."""
+    value = 1 + cosines[..., 0, 1, None]
+    held = value > 2 * ROUNDING
+    # A zero vector takes no part; its cosine is 0.
+    projections = ((cosines.diagonal(0, -2, -1) > 0) & held).to(cosines)
+    projections = torch.where(torch.isfinite(cosines).all(-1).all(-1, keepdim=True), projections, torch.nan)
+    x = projections / torch.where(held, value, 1)
+    return x, projections, x.sum(-1)
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,10 +153,12 @@ def _jacobi(a: Tensor) -> tuple[Tensor, Tensor]:
     move = torch.cat([identity[:1], *ring])[: 2 * half]
     turn = move @ torch.cat([identity[half:], -identity[:half]])
     vectors = identity
-    for _ in range(_QR_STEPS):
+    # A single pair is done after one rotation.
+    sweeps, before, after = ((2 * half).bit_length() + 1, _QR_STEPS, _SIMULTANEOUS_STEPS) if half > 1 else (1, 0, 0)
+    for _ in range(before):
         q = torch.linalg.qr(a).Q.mT
         a, vectors = q @ a @ q.mT, q @ vectors
-    for _ in range((2 * half).bit_length() + 1):
+    for _ in range(sweeps):
         for _ in range(2 * half - 1):
             diagonal = a.diagonal(0, -2, -1)
             # tan 2θ = 2 a_pq / (a_pp − a_qq), |θ| ≤ 45°; 0/0 is a pair that needs no rotation.
@@ -131,7 +167,7 @@ def _jacobi(a: Tensor) -> tuple[Tensor, Tensor]:
             angle = torch.cat([angle, angle], -1)[..., None, :]
             q = move * angle.cos() + turn * angle.sin()
             a, vectors = q @ a @ q.mT, q @ vectors
-        for _ in range(_SIMULTANEOUS_STEPS):
+        for _ in range(after):
             diagonal = a.diagonal(0, -2, -1)
             # X = a_pq / (a_pp − a_qq) takes a_pq off to first order; Cayley's Q = (I − X/2)⁻¹ (I + X/2) is orthogonal.
             x = torch.nan_to_num(a / (diagonal[..., :, None] - diagonal[..., None, :]))

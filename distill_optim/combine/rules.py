@@ -26,10 +26,12 @@ class Stateful:
 
     Attributes:
         uses_gram: whether the Gram matrix is looked at; None may be given for it otherwise.
+        uses_losses: whether the values of the losses are looked at, or their number alone.
         looks_back: whether the rule wants the losses again after the step, see :meth:`observe`.
     """
 
     uses_gram: ClassVar[bool] = True
+    uses_losses: ClassVar[bool] = True
     looks_back: ClassVar[bool] = False
 
     def init(self, losses: Tensor) -> State:
@@ -107,3 +109,20 @@ def where_finite(gram: Tensor, weights: Tensor) -> Tensor:
         tensor([nan, nan])
     """
     return torch.where(torch.isfinite(gram).all(-1).all(-1)[..., None], weights, torch.nan)
+
+
+def keep(worth: Tensor, new: State, old: State) -> State:
+    """The new memory, or the old one where the step is not worth keeping.
+
+    One loss that is not finite, as mixed precision gives now and then, would otherwise stay in the averages for ever.
+
+    Args:
+        worth: one truth value, shape ().
+        new: the memory after the step.
+        old: the memory before it, with the same entries.
+
+    Example:
+        >>> keep(torch.tensor(False), {"total": torch.tensor(torch.nan)}, {"total": torch.tensor(2.0)})
+        {'total': tensor(2.)}
+    """
+    return {name: torch.where(worth, new[name], value) for name, value in old.items()}

@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from distill_optim.combine.adam import keep
 from distill_optim.combine.dominance import floored
-from distill_optim.combine.rules import State, Stateful
+from distill_optim.combine.rules import State, Stateful, keep
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,16 @@ class STCH(Stateful):
 
     def init(self, losses: Tensor) -> State:
         nadir = torch.zeros_like(losses, dtype=torch.float64)
-        return {"nadir": nadir, "step": nadir.new_zeros(())}
+        return {"nadir": nadir, "step": nadir.clone()}
 
     def __call__(self, gram: Tensor | None, losses: Tensor, state: State) -> tuple[Tensor, State]:
         losses, nadir, step = losses.double(), state["nadir"], state["step"]
+        # Every loss counts the steps that it was given in; the warm-up is over when the last one's is.
         warm = step < self.warmup
         relative = floored(losses) / floored(nadir)
         # Where all losses are 0, or all were, none is the worst.
         relative = torch.where((relative > 0) & torch.isfinite(relative), relative, 1)
-        weights = torch.where(warm, 1, losses.numel() * (relative.log() / self.mu).softmax(-1))
+        weights = torch.where(warm.any(), 1, losses.numel() * (relative.log() / self.mu).softmax(-1))
         new = {
             "nadir": torch.where(warm, nadir + losses.abs() / self.warmup, nadir),
             "step": torch.where(warm, step + 1, step),

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from distill_optim.combine.adam import adam, adam_state, keep
-from distill_optim.combine.rules import State, Stateful
+from distill_optim.combine.adam import adam, adam_state
+from distill_optim.combine.rules import State, Stateful, keep
 
 
 @dataclass(frozen=True)

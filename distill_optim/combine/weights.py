@@ -120,8 +120,8 @@ def initial(losses: Tensor, *, combine: str | Method | Stateful, dominance: str 
         combine, dominance: as in :func:`weights`.
 
     Example:
-        >>> initial(torch.ones(2), combine="min_norm", dominance="ema")
-        {'dominance.norms': tensor([0., 0.], dtype=torch.float64), 'dominance.count': tensor(0., dtype=torch.float64)}
+        >>> initial(torch.ones(2), combine="min_norm", dominance="ema")["dominance.norms"]
+        tensor([0., 0.], dtype=torch.float64)
     """
     rules = {"dominance": dominance_rule(dominance), "combine": method(combine)}
     return {
@@ -260,8 +260,9 @@ def _as_gram(gradients: Sequence[Tensor] | Tensor, kind: str) -> Tensor:
 
 
 def _reads_losses(combine: str | Method | Stateful) -> bool:
-    """Whether a method is one of those of the losses: they are the ones with a memory or a dominance of their own."""
-    return isinstance(method(combine), Stateful) or own_dominance(combine) == "log"
+    """Whether a method is one of those of the losses: a rule with a memory says so, the other one is of their logs."""
+    rule = method(combine)
+    return rule.uses_losses if isinstance(rule, Stateful) else own_dominance(combine) == "log"
 
 
 def _given(gram: Tensor | None) -> Any:

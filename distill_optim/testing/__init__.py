@@ -1,4 +1,4 @@
-"""Property tests for methods of gradient combination: strategies of gradients, and assertions about the weights.
+"""Property tests for methods of gradient combination: strategies of gradients, and assertions about the weights. ::
 
     from distill_optim import testing
 

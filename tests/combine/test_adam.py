@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from distill_optim.combine.adam import adam, adam_state, keep
+from distill_optim.combine.adam import adam, adam_state
 from distill_optim.combine.dwa import DWA
 from distill_optim.combine.famo import FAMO
 from distill_optim.combine.gradnorm import GradNorm
-from distill_optim.combine.rules import State, Stateful, apply, uses_gram
+from distill_optim.combine.rules import State, Stateful, apply, keep, uses_gram
 from distill_optim.combine.stch import STCH
 from distill_optim.combine.uncertainty import Uncertainty
 from distill_optim.testing import on_fake_cuda

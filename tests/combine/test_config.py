@@ -58,7 +58,7 @@ def test_agrees_with_the_pseudo_inverse_of_independent_rows(rows: Tensor) -> Non
     gram = gram_of(rows)
     expected = torch.from_numpy(reference.config(rows.numpy()).weights)
     norms = gram.diagonal().sqrt()
-    tolerance = 16 * EPS * condition(gram) * (expected.abs() * norms).max()
+    tolerance = testing.ROUNDING * condition(gram) * (expected.abs() * norms).max()
     assert ((config(gram) - expected) * norms).abs().max() <= tolerance
 
 
@@ -76,12 +76,12 @@ def test_agrees_with_the_pseudo_inverse_of_dependent_rows(rows: Tensor) -> None:
 
 @given(gradients(max_losses=2))
 def test_two_losses_have_a_closed_form(rows: Tensor) -> None:
-    """Whatever the angle: w₁ = (‖g₁‖ + ‖g₂‖)/2‖g₁‖."""
+    """Whatever the angle: w₁ = (‖g₁‖ + ‖g₂‖)/2‖g₁‖, with a rounding for each of some quotients and roots."""
     gram = gram_of(rows)
     norms = gram.diagonal().sqrt()
     # Opposed ones have no direction, and of nearly opposed ones rounding decides.
     assume((norms > 0).all() and gram[0, 1] / norms.prod() > -1 + 1e-12)
-    torch.testing.assert_close(config(gram), norms.sum() / (2 * norms), rtol=testing.ROUNDING, atol=0)
+    torch.testing.assert_close(config(gram), norms.sum() / (2 * norms), rtol=8 * EPS, atol=0)
 
 
 @given(independent_gradients())

@@ -54,19 +54,19 @@ def test_agrees_with_rational_arithmetic(rows: Tensor) -> None:
     expected = torch.from_numpy(reference.imtl_g(rows.numpy()).weights)
     expected = expected * (gram @ expected)[0].sign()
     # Errors of C⁻¹1, magnified once more where the sum of the weights cancels.
-    tolerance = 16 * EPS * condition(gram) * float(expected.abs().sum())
+    tolerance = testing.ROUNDING * condition(gram) * float(expected.abs().sum())
     norms = gram.diagonal().sqrt()
     assert ((imtl_g(gram) - expected) * norms).abs().max() <= tolerance * (expected.abs() * norms).max()
 
 
 @given(gradients(max_losses=2))
 def test_two_weights_are_inverse_lengths(rows: Tensor) -> None:
-    """Whatever the angle: α₁ = ‖g₂‖/(‖g₁‖ + ‖g₂‖)."""
+    """Whatever the angle: α₁ = ‖g₂‖/(‖g₁‖ + ‖g₂‖), with a rounding for each of some quotients and roots."""
     gram = gram_of(rows)
     norms = gram.diagonal().sqrt()
     # Opposed ones have no direction, and of nearly opposed ones rounding decides.
     assume((norms > 0).all() and gram[0, 1] / norms.prod() > -1 + 1e-12)
-    torch.testing.assert_close(imtl_g(gram), norms.flip(0) / norms.sum(), rtol=testing.ROUNDING, atol=0)
+    torch.testing.assert_close(imtl_g(gram), norms.flip(0) / norms.sum(), rtol=8 * EPS, atol=0)
 
 
 def test_step_does_not_climb() -> None:
@@ -101,7 +101,7 @@ def test_equal_gradients_weigh_the_same(k: int) -> None:
 
 @given(independent_gradients(max_losses=6), st.data())
 def test_duplicates_share(rows: Tensor, data: st.DataObject) -> None:
-    """m copies of a gradient get its weight together."""
+    """m copies of a gradient get its weight together. The condition number grows with their number."""
     k = len(rows)
     source = torch.tensor([*range(k), *data.draw(st.lists(st.integers(0, k - 1), min_size=1, max_size=6))])
     gram = gram_of(rows)
@@ -111,7 +111,7 @@ def test_duplicates_share(rows: Tensor, data: st.DataObject) -> None:
         weights,
         (expected / source.bincount(minlength=k))[source],
         rtol=0,
-        atol=testing.ROUNDING * condition(gram) * float(expected.abs().sum()) ** 2,
+        atol=testing.ROUNDING * condition(gram) * len(source) * float(expected.abs().sum()) ** 2,
     )
 
 

@@ -7,10 +7,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distill_optim import testing
 from distill_optim.combine.linalg import ROUNDING, _jacobi, eigh, equal_projections, unit_rows
 from distill_optim.testing import gradients, gram_of, independent_gradients, on_fake_cuda
 from tests.reference import min_norm as reference
@@ -213,6 +214,26 @@ def test_opposed_rows_have_no_projection_in_common(pairs: int) -> None:
     cosines, _ = unit_rows(gram_of(torch.cat([rows, -3 * rows])))
     for result in equal_projections(cosines):
         assert not result.any()
+
+
+@given(gradients(2, 2))
+@example(torch.tensor([[1.0, 2.0], [-3.0, -6.0]], dtype=torch.float64))
+@example(torch.tensor([[1.0, 0.0], [-1.0, 1e-6]], dtype=torch.float64))
+@example(torch.tensor([[0.0, 0.0], [-1.0, 1e-6]], dtype=torch.float64))
+def test_closed_form_of_two_is_that_of_more(rows: Tensor) -> None:
+    """Two vectors go another way than two beside a zero, and arrive at the same."""
+    cosines, _ = unit_rows(gram_of(rows))
+    value = 1 + cosines[0, 1]
+    assume(not 1e-15 < value < 1e-13)  # about the cut-off either may be right
+    more, _ = unit_rows(gram_of(torch.cat([rows, 0 * rows[:1]])))
+    x, projections, squared = equal_projections(cosines)
+    others = equal_projections(more)
+    # Errors along (1, −1) are magnified by the other eigenvalue, 1 − cos, in x but not in the vector.
+    assert ((x - others[0][:2]) @ cosines @ (x - others[0][:2])).sqrt() <= 1e-7 * x.abs().sum()
+    torch.testing.assert_close(projections, others[1][:2], rtol=0, atol=testing.ROUNDING)
+    torch.testing.assert_close(
+        squared, others[2], rtol=float(testing.ROUNDING * (1 + 1 / value.clamp_min(1e-13))), atol=0
+    )
 
 
 def test_small_conflicts_count() -> None:

