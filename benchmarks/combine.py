@@ -2,9 +2,9 @@
 
     python -m benchmarks.combine
 
-Gradients are Gaussian rows of length 2K, with norms from 0.1 to 10, so that some of them conflict. The exact direction is
-that of the oracles in tests/reference, which work from the gradients themselves; the distance is that of the two unit
-vectors, the largest over the draws. "hurt" counts the draws in which the direction makes some loss worse, for methods
+Gradients are Gaussian rows of length 2K, with norms from 0.1 to 10, so that some of them conflict. The exact direction
+is that of the oracles in tests/reference, which work from the gradients themselves; the distance is that of the two
+unit vectors, the largest over the draws. "hurt" counts the draws in which the direction makes some loss worse, for methods
 that promise not to. Reads are counted on CPU tensors: each would wait for an accelerator. Both sides are timed in turn,
 in the same run, on one thread.
 """
@@ -79,7 +79,8 @@ def torchjd() -> dict[str, Callable[[int], Solver]]:
 
         def solve(gram: Tensor, rows: Tensor) -> Tensor:
             vector: Tensor = aggregator(rows)
-            return torch.linalg.lstsq(rows.T, vector[:, None]).solution[:, 0]
+            found: Tensor = torch.linalg.lstsq(rows.T, vector[:, None]).solution
+            return found[:, 0]
 
         return solve
 
@@ -140,7 +141,7 @@ class Reads:
                 reads.count += mask
                 return func(*args, **(kwargs or {}))
 
-        self._modes = [Calls(), Operations()]  # type: ignore[no-untyped-call]  # torch's
+        self._modes: list[Any] = [Calls(), Operations()]  # type: ignore[no-untyped-call]  # torch's
         for mode in self._modes:
             mode.__enter__()
         return self

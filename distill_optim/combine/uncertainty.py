@@ -24,8 +24,8 @@ class Uncertainty(Stateful):
     the losses stand still :math:`e^{s_i} = 2 L_i / c`, so :math:`w_i L_i = 1/2` for every loss, whatever its unit.
 
     The authors train s with the model's optimizer, from a start that they choose; here it has an Adam of its own and
-    starts at 0. The objective is unbounded for a loss that stays :math:`\le 0`, whose weight grows by about the factor
-    :math:`e^{\mathrm{lr}}` in every step: keep the losses positive.
+    starts at 0. The objective is unbounded for a loss that stays :math:`\le 0`, whose weight grows
+    without end: keep the losses positive.
 
     The weights are those before the step's update, and do not sum to anything. A step with a loss that is not finite
     gives no weights (NaN) and leaves the memory as it was.
