@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -168,9 +169,9 @@ def test_a_long_gradient_does_not_excuse_a_conflict_with_a_short_one() -> None:
 
 
 def test_what_is_zero_as_far_as_the_gram_matrix_can_tell_conflicts_with_none() -> None:
-    """The long ones cancel up to a rounding, which the short one feels as 1e6 roundings of its own."""
-    rows = torch.tensor([[1e6, 0.0], [-1e6, 0.0], [1.0, 1.0]], dtype=torch.float64)
-    weights = torch.tensor([0.5, 0.5 + 1e-15, 0.0], dtype=torch.float64)
+    """The long ones cancel, up to 2e-14 of their lengths: the square of that is lost in G, its sign at a short one not."""
+    rows = torch.tensor([[1e6, 0.0], [-1e6, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    weights = torch.tensor([0.5, 0.5 + 2e-14, 0.0], dtype=torch.float64)
     testing.assert_non_conflicting(weights, gram_of(rows))
     with pytest.raises(AssertionError, match="conflicts with loss"):
         testing.assert_non_conflicting(weights + torch.tensor([0, 1e-6, 0]), gram_of(rows))
@@ -186,7 +187,7 @@ def test_long_gradients_have_more_roundings() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite_pass_nothing(bad: float) -> None:
-    weights, gram = torch.tensor([0.5, bad]), torch.eye(2)
+    weights, gram = torch.tensor([0.5, bad]), torch.ones(2, 2)
     checks: tuple[Callable[[], None], ...] = (
         lambda: testing.assert_same_vector(weights, weights, gram),
         lambda: testing.assert_non_conflicting(weights, gram),
@@ -201,11 +202,11 @@ def test_weights_that_are_not_finite_pass_nothing(bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", [[0.5, 0.500001], [-1e-30, 1.0], [0.5, 0.499999], [1.0, 1.0], [0.0, 0.0], [0.5, -0.5]]
+    "weights", [[0.5, 0.500001], [-1e-30, 1.0], [0.5, 0.5 - 1e-14], [1.0, 1.0], [0.0, 0.0], [0.5, -0.5]]
 )
 def test_off_the_simplex(weights: list[float]) -> None:
     with pytest.raises(AssertionError, match=r"^(weight . is -|the weights sum to)"):
-        testing.assert_on_simplex(torch.tensor(weights).double())
+        testing.assert_on_simplex(torch.tensor(weights, dtype=torch.float64))
 
 
 def test_simplex_of_a_batch_and_of_another_dtype() -> None:
@@ -298,6 +299,27 @@ def test_min_norm_passes(behaviour: str, drawn: tuple[Tensor, Tensor]) -> None:
 def test_min_norm_of_unit_vectors_is_blind_to_lengths(rows: Tensor) -> None:
     testing.assert_invariant_to_row_scaling(unit_min_norm, rows)
     testing.assert_scale_invariant(unit_min_norm, rows, degree=-0.5)
+
+
+@few
+@given(testing.with_losses(ANY))
+def test_methods_of_the_losses_pass(drawn: tuple[Tensor, Tensor]) -> None:
+    """The losses move with the gradients, and have their unit."""
+
+    def inverse(gram: Tensor, losses: Tensor) -> Tensor:
+        return 1 / losses.double()
+
+    testing.assert_permutation_equivariant(inverse, *drawn)
+    testing.assert_invariant_to_row_scaling(inverse, *drawn)
+    testing.assert_batch_is_a_loop(inverse, *drawn)
+
+
+def test_a_tie_of_any_two_losses_is_seen() -> None:
+    for tie in combinations(range(4), 2):
+        lengths = torch.full((4,), 2.0)
+        lengths[list(tie)] = 1
+        with pytest.raises(AssertionError, match="losses in the order"):
+            testing.assert_permutation_equivariant(first_of_the_shortest, lengths.diag())
 
 
 WRONG: dict[str, tuple[str, Method, str]] = {

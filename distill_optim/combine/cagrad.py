@@ -52,7 +52,7 @@ def cagrad(gram: Tensor, losses: Tensor | None = None, *, c: float = 0.5) -> Ten
     Args:
         gram: inner products of the gradients, shape (..., K, K).
         losses: not looked at.
-        c: radius of the ball, relative to the mean gradient; at least 0. The paper uses 0.4 and 0.5.
+        c: radius of the ball, relative to the mean gradient; at least 0. The authors' scripts have 0.4 to 0.9.
 
     Returns:
         Weights :math:`1/K + y`, shape (..., K), float64; they sum to more than 1.
@@ -162,12 +162,12 @@ def _interior_point(c: Tensor, beta: Tensor, s: Tensor, radius: Tensor) -> tuple
         d_level = (1 - _dot(s, x + free)) / _dot(s, along)
         dx = free + d_level * along
         dy = pull - y - ratio * dx
-        length = _STEP / torch.maximum(-dx / x, -dy / y).amax(-1, keepdim=True).clamp_min(_STEP)
-        # At the end of its digits a step may fail, in all entries at once; then the last good point stays.
-        good = torch.isfinite(length) & torch.isfinite(dx).all(-1, keepdim=True)
-        length, dx, dy = torch.where(good, length, 0), torch.where(good, dx, 0), torch.where(good, dy, 0)
-        x, y = x + length * dx, y + length * dy
-        level = level + torch.where(good, length * d_level, 0)
+        length = _STEP / (-torch.minimum(dx / x, dy / y).amin(-1, keepdim=True)).clamp_min(_STEP)
+        # At the end of its digits a step may fail; its length is nan then, and the last good point stays.
+        length = torch.nan_to_num(length)
+        x = torch.addcmul(x, length, torch.nan_to_num(dx))
+        y = torch.addcmul(y, length, torch.nan_to_num(dy))
+        level = torch.addcmul(level, length, torch.nan_to_num(d_level))
         # The longer the step was, the nearer to the end the next one aims.
         shrink = ((1 - length).square() + 1e-3).clamp_max(0.9)
     return x[..., :k], y[..., :k]

@@ -1,4 +1,4 @@
-"""The direction with equal positive cosines (ConFIG)."""
+"""The direction with equal cosines (ConFIG)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distill_optim.combine.linalg import equal_projections, unit_rows
 
 
 def config(gram: Tensor, losses: Tensor | None = None) -> Tensor:
-    r"""Weights of a step that has the same, positive, cosine with every gradient.
+    r"""Weights of a step that has the same, positive, cosine with every one of independent gradients.
 
     .. math:: g_c = \Bigl(\sum_i \langle g_i, \hat d \rangle\Bigr) \hat d, \qquad \hat d = \frac{d}{\lVert d\rVert},
         \qquad d = U^+ \mathbf 1, \quad U = \Bigl[\frac{g_i}{\lVert g_i\rVert}\Bigr]_i
@@ -20,8 +20,8 @@ def config(gram: Tensor, losses: Tensor | None = None) -> Tensor:
     .. math:: w_j = \frac{\sum_i \lVert g_i\rVert\, (C x)_i}{\mathbf 1^\top x} \cdot \frac{x_j}{\lVert g_j\rVert},
         \qquad x = C^+ \mathbf 1
 
-    The step is the orthogonal projection of the summed gradient on d. That of
-    :func:`~distill_optim.combine.imtl_g.imtl_g` has the same direction and another length.
+    The step is the orthogonal projection of the summed gradient on d. Where the gradients are independent, that of
+    :func:`~distill_optim.combine.imtl_g` has the same direction and another length.
 
     For dependent gradients equal cosines may be out of reach; d is the least-squares fit then, and where even that
     vanishes, as for opposed gradients, the weights are 0 and there is no step. A zero gradient has weight 0.

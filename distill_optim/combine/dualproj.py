@@ -30,7 +30,7 @@ def dualproj(
     Args:
         gram: inner products of the gradients, shape (..., K, K).
         losses: not looked at.
-        preference: K positive numbers; None stands for 1/K each.
+        preference: K numbers of at least 0; None stands for 1/K each.
 
     Returns:
         Weights, shape (..., K), float64, none below its preference.

@@ -275,6 +275,7 @@ def interior_point(c: Tensor, q: Tensor, s: Tensor | None = None) -> tuple[Tenso
     """
     v, y = torch.ones_like(q), torch.ones_like(q)
     level = torch.zeros_like(q[..., :1])  # λ
+    c_proximal = c + torch.diag_embed(torch.full_like(q, _PROXIMAL))
     if s is not None:
         # Between equal v, which are far from the optimum if it rests on rows of small s, and equal shares sᵢ vᵢ.
         v, y = s.rsqrt() / s.sqrt().sum(-1, keepdim=True), s.sqrt()
@@ -282,7 +283,7 @@ def interior_point(c: Tensor, q: Tensor, s: Tensor | None = None) -> tuple[Tenso
         # Where y has it, the dual residual Cv + q − λs − y cancels: −residual − y = λs − q − Cv.
         away = -q - (c @ v[..., None])[..., 0]
         ratio = y / v
-        factor, _ = torch.linalg.cholesky_ex(c + torch.diag_embed(ratio + _PROXIMAL))
+        factor, _ = torch.linalg.cholesky_ex(c_proximal + torch.diag_embed(ratio))
         if s is None:
             free = torch.cholesky_solve(away[..., None], factor)[..., 0]
             dv = free
@@ -308,11 +309,11 @@ def interior_point(c: Tensor, q: Tensor, s: Tensor | None = None) -> tuple[Tenso
             d_level = (short - (s * dv).sum(-1, keepdim=True)) / curvature
             dv = dv + d_level * along
         dy = pull - y - ratio * dv
-        length = _STEP / torch.maximum(-dv / v, -dy / y).amax(-1, keepdim=True).clamp_min(_STEP)
-        # At the end of its digits a step may fail, in all entries at once; then the last good point stays.
-        good = torch.isfinite(length) & torch.isfinite(dv).all(-1, keepdim=True)
-        length, dv, dy = torch.where(good, length, 0), torch.where(good, dv, 0), torch.where(good, dy, 0)
-        v, y = v + length * dv, y + length * dy
+        length = _STEP / (-torch.minimum(dv / v, dy / y).amin(-1, keepdim=True)).clamp_min(_STEP)
+        # At the end of its digits a step may fail; its length is nan then, and the last good point stays.
+        length = torch.nan_to_num(length)
+        v = torch.addcmul(v, length, torch.nan_to_num(dv))
+        y = torch.addcmul(y, length, torch.nan_to_num(dy))
         if s is not None:
-            level = level + torch.where(good, length * d_level, 0)
+            level = torch.addcmul(level, length, torch.nan_to_num(d_level))
     return v, y

@@ -14,7 +14,8 @@ def random(gram: Tensor | None, losses: Tensor, *, generator: torch.Generator | 
 
     .. math:: w = \operatorname{softmax}(z), \qquad z_i \sim \mathcal{N}(0, 1)
 
-    Lin, Ye & Zhang, *Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning* (TMLR 2022).
+    Lin, Ye, Zhang & Tsang, *Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning* (TMLR
+    2022).
     In the mean over the draws every loss weighs 1/K: what a method gains over this it gains by looking.
 
     The numbers are drawn on the device of the losses, so nothing waits. Where several processes train one model, give

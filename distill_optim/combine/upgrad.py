@@ -25,7 +25,7 @@ def upgrad(gram: Tensor, losses: Tensor | None = None, *, preference: Sequence[f
     Args:
         gram: inner products of the gradients, shape (..., K, K).
         losses: not looked at.
-        preference: K positive numbers; None stands for 1/K each.
+        preference: K numbers of at least 0; None stands for 1/K each.
 
     Returns:
         Weights, shape (..., K), float64, none below its preference.

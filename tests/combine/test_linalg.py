@@ -228,7 +228,7 @@ def test_closed_form_of_two_is_that_of_more(rows: Tensor) -> None:
     more, _ = unit_rows(gram_of(torch.cat([rows, 0 * rows[:1]])))
     x, projections, squared = equal_projections(cosines)
     others = equal_projections(more)
-    # Errors along (1, −1) are magnified by the other eigenvalue, 1 − cos, in x but not in the vector.
+    # Errors along (1, −1) are magnified by 1/(1 − cos) in x, in the vector by its root: √ROUNDING at the cut-off.
     assert ((x - others[0][:2]) @ cosines @ (x - others[0][:2])).sqrt() <= 1e-7 * x.abs().sum()
     torch.testing.assert_close(projections, others[1][:2], rtol=0, atol=testing.ROUNDING)
     torch.testing.assert_close(
