@@ -4,8 +4,8 @@
 
 Gradients are Gaussian rows of length 2K, with norms from 0.1 to 10, so that some of them conflict. The exact direction
 is that of the oracles in tests/reference, which work from the gradients themselves; the distance is that of the two
-unit vectors, the largest over the draws. "hurt" counts the draws in which the direction makes some loss worse, for methods
-that promise not to. Reads are counted on CPU tensors: each would wait for an accelerator. Both sides are timed in turn,
+unit vectors, the largest over the draws. "hurt" counts the draws in which the direction makes some loss worse, for
+methods that promise not to. Reads are counted on CPU tensors: each would wait for an accelerator. Both sides are timed in turn,
 in the same run, on one thread.
 """
 

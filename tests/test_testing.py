@@ -169,7 +169,7 @@ def test_a_long_gradient_does_not_excuse_a_conflict_with_a_short_one() -> None:
 
 
 def test_what_is_zero_as_far_as_the_gram_matrix_can_tell_conflicts_with_none() -> None:
-    """The long ones cancel, up to 2e-14 of their lengths: the square of that is lost in G, its sign at a short one not."""
+    """The long ones cancel, up to 2e-14 of their lengths: the square of that is lost in G, its sign is not."""
     rows = torch.tensor([[1e6, 0.0], [-1e6, 0.0], [1.0, 0.0]], dtype=torch.float64)
     weights = torch.tensor([0.5, 0.5 + 2e-14, 0.0], dtype=torch.float64)
     testing.assert_non_conflicting(weights, gram_of(rows))

@@ -90,7 +90,9 @@ def cagrad(gram: Tensor, losses: Tensor | None = None, *, c: float = 0.5) -> Ten
     projected = orthant_qp(unit, beta[..., None, :])
     s, beta, radius = s[..., None, :], beta[..., None, :], radius[..., None, :]
     sphere = sphere.clamp_min(0)
-    sphere = sphere * (radius / _dot(sphere, sphere @ unit).clamp_min(0).sqrt())
+    length = _dot(sphere, sphere @ unit).clamp_min(0).sqrt()
+    # Where gradients cancel to the last digit the mean itself is what is left.
+    sphere = sphere * torch.where(length > 0, radius / length, 0)
 
     # Weak duality: the value of the dual at any shares is at least the best worst improvement λ.
     shares = shares.clamp_min(0) / _dot(s, shares.clamp_min(0))
