@@ -24,6 +24,9 @@ _STEPS = 30
 _STEP = 0.99
 _PROXIMAL = 1e-13
 
+# Share of the squared radius that a step's squared length is known to.
+_KNOWN = 0.1
+
 # Of the faces that the interior point leads to.
 _CORRECTIONS = 8
 
@@ -91,8 +94,11 @@ def cagrad(gram: Tensor, losses: Tensor | None = None, *, c: float = 0.5) -> Ten
     s, beta, radius = s[..., None, :], beta[..., None, :], radius[..., None, :]
     sphere = sphere.clamp_min(0)
     length = _dot(sphere, sphere @ unit).clamp_min(0).sqrt()
-    # Where gradients cancel to the last digit the mean itself is what is left.
     sphere = sphere * torch.where(length > 0, radius / length, 0)
+    # Where weights cancel one another to the last digits nobody knows how long their sum is.
+    vague = ROUNDING * _dot(sphere, sphere @ unit.abs()) > _KNOWN * radius.square()
+    # What is left where all cancels is the mean itself.
+    sphere = torch.cat([torch.where(vague, 0, sphere), torch.zeros_like(projected)], -2)
 
     # Weak duality: the value of the dual at any shares is at least the best worst improvement λ.
     shares = shares.clamp_min(0) / _dot(s, shares.clamp_min(0))

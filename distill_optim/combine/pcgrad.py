@@ -58,7 +58,7 @@ def pcgrad(
     shares = [inner[..., :0]]
     for position in range(k - 1):
         conflict, length = inner[..., :1], squared[..., position, None]
-        # A zero gradient conflicts with nothing.
+        # A zero gradient conflicts with nothing, nor does one whose square underflows.
         shares.append(torch.where((conflict < 0) & (length > 0), -conflict / length, 0))
         rest = entries.gather(-1, visits[..., position, None] * k + visits[..., position + 1 :])
         inner = inner[..., 1:] + shares[-1] * rest

@@ -366,14 +366,19 @@ def assert_permutation_equivariant(method: AnyMethod, rows: Tensor, losses: Tens
         ...     return torch.nn.functional.one_hot(gram.diagonal().argmin(), len(gram)).double()
         >>> assert_permutation_equivariant(shortest, rows)
         Traceback (most recent call last):
-        AssertionError: losses in the order [1, 0]: vectors 1.4 apart, 1.4 of their reach; rounding explains 2.4e-07
+        AssertionError: losses moved on by one: vectors 1.4 apart, 1.4 of their reach; rounding explains 2.4e-07
     """
     gram, losses, k = gram_of(rows), _losses(losses, rows), len(rows)
     expected = _weights(method, gram, losses)
-    for order in ([*range(1, k), 0], [*range(k)[1::-1], *range(2, k)], [*range(k)[::-1]]):
+    orders = {
+        "moved on by one": [*range(1, k), 0],
+        "the first two swapped": [*range(k)[1::-1], *range(2, k)],
+        "reversed": [*range(k)[::-1]],
+    }
+    for name, order in orders.items():
         actual = torch.empty_like(expected)
         actual[order] = _weights(method, gram[order][:, order], losses[order])
-        _same(actual, expected, gram, rows, f"losses in the order {order}")
+        _same(actual, expected, gram, rows, f"losses {name}")
 
 
 def assert_invariant_to_row_scaling(

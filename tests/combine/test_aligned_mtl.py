@@ -178,8 +178,9 @@ def test_not_finite_in_not_finite_out(scale: str, rows: Tensor) -> None:
     testing.assert_not_finite_in_not_finite_out(partial(aligned_mtl, scale=scale), rows)
 
 
-@given(gradients(1, 8))
+@given(independent)
 def test_batch_is_a_loop(rows: Tensor) -> None:
+    """On well-conditioned matrices: LAPACK's last digits depend on where in memory the matrix lies."""
     testing.assert_batch_is_a_loop(aligned_mtl, rows)
 
 

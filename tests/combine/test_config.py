@@ -167,8 +167,9 @@ def test_not_finite_in_not_finite_out(rows: Tensor) -> None:
     testing.assert_not_finite_in_not_finite_out(config, rows)
 
 
-@given(gradients(1, 8))
+@given(independent_gradients(max_losses=8))
 def test_batch_is_a_loop(rows: Tensor) -> None:
+    """On well-conditioned matrices: LAPACK's last digits depend on where in memory the matrix lies."""
     testing.assert_batch_is_a_loop(config, rows)
 
 

@@ -86,7 +86,7 @@ def test_weights_that_cannot_sum_to_one() -> None:
     for factor, least in ((1.0, 1e10), (1 + 1e-6, 1e5), (1 - 1e-6, 1e5)):
         gram = gram_of(torch.cat([units[:2], units[2:] * middle * factor]))
         weights = imtl_g(gram)
-        assert least < weights.abs().max() < 1e16
+        assert least < weights.abs().max() <= 1 / testing.ROUNDING
         assert abs(weights.sum()) <= 1 + testing.ROUNDING * weights.abs().sum()
         projected = projections(weights, gram)
         assert projected.min() > 0
@@ -190,8 +190,9 @@ def test_not_finite_in_not_finite_out(rows: Tensor) -> None:
     testing.assert_not_finite_in_not_finite_out(imtl_g, rows)
 
 
-@given(gradients(1, 8))
+@given(independent_gradients(max_losses=8))
 def test_batch_is_a_loop(rows: Tensor) -> None:
+    """On well-conditioned matrices: LAPACK's last digits depend on where in memory the matrix lies."""
     testing.assert_batch_is_a_loop(imtl_g, rows)
 
 

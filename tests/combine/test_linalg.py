@@ -209,11 +209,24 @@ def test_projections_on_dependent_rows_are_the_least_squares_fit(k: int, rank: i
 
 @pytest.mark.parametrize("pairs", [1, 2, 9, 32])
 def test_opposed_rows_have_no_projection_in_common(pairs: int) -> None:
-    """Exact zeros, not what rounding leaves."""
-    rows = torch.randn(pairs, 70, dtype=torch.float64)
-    cosines, _ = unit_rows(gram_of(torch.cat([rows, -3 * rows])))
-    for result in equal_projections(cosines):
-        assert not result.any()
+    """Exact zeros, not what rounding leaves; cosines of −1 and to either side of it."""
+    rows = torch.randn(20, pairs, 70, dtype=torch.float64)
+    for opposed in torch.cat([rows, -3 * rows], 1):
+        for result in equal_projections(unit_rows(gram_of(opposed))[0]):
+            assert not result.any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_no_projections_on_what_is_not_finite(k: int, bad: float) -> None:
+    """Wherever it stands, and without harm to the rest of the batch."""
+    for i in range(k):
+        for j in range(i + 1):
+            broken = torch.eye(k).double()
+            broken[i, j] = broken[j, i] = bad
+            for result in equal_projections(torch.stack([broken, torch.eye(k).double()])):
+                assert result[0].isnan().all()
+                assert result[1].isfinite().all()
 
 
 @given(gradients(2, 2))

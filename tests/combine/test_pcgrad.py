@@ -69,7 +69,11 @@ def test_step_of_three_losses_may_conflict() -> None:
 
 @given(slightly_conflicting_gradients(max_losses=12), st.sampled_from([1, 3, None]))
 def test_small_conflicts_count(rows: Tensor, orders: int | None) -> None:
-    """Down to a cosine of −1e-6/K; every gradient conflicts with every other here."""
+    """Down to a cosine of −1e-6/K; every gradient conflicts with every other here.
+
+    Of one length: the share that a much longer one gets of a short one vanishes beside the 1.
+    """
+    rows = rows / rows.norm(dim=1, keepdim=True)
     assert (pcgrad(gram_of(rows), orders=orders) > 1).all()
 
 
@@ -88,6 +92,11 @@ def test_without_conflict_the_gradients_are_summed(rows: Tensor, orders: int | N
 def test_zero_gradient_takes_no_part(rows: Tensor, orders: int | None) -> None:
     weights = pcgrad(gram_of(torch.cat([rows, torch.zeros_like(rows[:1])])), orders=orders)
     assert weights[-1] == 1
+
+
+def test_square_that_underflows_is_zero() -> None:
+    gram = torch.tensor([[1.0, -1e-170], [-1e-170, 0.0]], dtype=torch.float64)
+    assert pcgrad(gram).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("k", [2, 3, 6, 7])

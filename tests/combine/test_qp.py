@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distill_optim.combine import qp
+from distill_optim.testing import assert_non_conflicting
 from tests.properties.gradients import (
     ROUNDING,
     assert_same_vector,
@@ -69,3 +70,14 @@ def test_losses_outside_the_face_weigh_exactly_nothing() -> None:
     """The shortest gradient alone, where all others point further along it."""
     rows = torch.tensor([[5.0, 1.0, 0.0], [1.0, 0.0, 0.0], [7.0, 0.0, 2.0]])
     assert qp.simplex_qp(gram_of(rows)).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("k", [32, 64])
+def test_many_losses_of_lengths_far_apart(k: int) -> None:
+    """Once lost, by a start of the interior point that suits fewer losses."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        lengths = torch.randint(-23, 24, (k, 1), generator=generator).double().exp2()
+        rows = torch.randint(-3, 4, (k, k // 2 + 1), generator=generator).double() * lengths
+        gram = gram_of(rows)
+        assert_non_conflicting(qp.simplex_qp(gram), gram)

@@ -1,0 +1,214 @@
+"""The theorems about the projection of the mean gradient onto the cone of directions without conflict."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from distill_optim import combine, testing
+from distill_optim.combine import dualproj, min_norm, upgrad
+from distill_optim.testing import assert_same_vector, gram_of, reach, rounding
+from tests.reference import gram_methods as reference
+
+EPS = torch.finfo(torch.float64).eps
+
+# Rows that are equal or opposed exactly, or are not nearly: their Gram matrix says which.
+DISTINCT = (
+    testing.independent_gradients()
+    | testing.slightly_conflicting_gradients()
+    | testing.conflicting_gradients()
+    | testing.stationary_gradients()
+    | testing.badly_scaled_gradients()
+)
+# Rows that may be opposed but for 1e-8, which in a Gram matrix is the last digit.
+ANY = testing.gradients() | testing.related_gradients("opposed") | testing.nearly_stationary_gradients()
+
+# Once lost. An inner product with the mean that is zero but for rounding; weights of 1e15 that cancel one another.
+ROUNDED_TO_A_CONFLICT = torch.tensor([[3, 0], [-1, 0], [-1, 0], [-1, -2], [0, 1]], dtype=torch.float64)
+VANISHING = torch.tensor(
+    [[0, 2, 2], [1, -2, -1], [4, 11, 5], [-2, -1, -3], [-2, -3, 0], [0, 0, 1]], dtype=torch.float64
+)
+
+
+def preferences(k: int) -> st.SearchStrategy[Tensor]:
+    """Positive and within a factor of 64."""
+    return st.lists(st.integers(1, 64), min_size=k, max_size=k).map(lambda u: torch.tensor(u).double() / 8)
+
+
+def oracle(rows: Tensor, preference: Tensor | None = None) -> Tensor:
+    u = None if preference is None else preference.numpy()
+    return torch.from_numpy(reference.dualproj(rows.double().numpy(), u).weights)
+
+
+@given(DISTINCT, st.data())
+@example(ROUNDED_TO_A_CONFLICT, None)
+@example(VANISHING, None)
+def test_karush_kuhn_tucker(rows: Tensor, data: st.DataObject | None) -> None:
+    """w ≥ u, Gw ≥ 0, and (Gw)ᵢ = 0 where wᵢ > uᵢ: w minimises wᵀGw over w ≥ u (proposition 1)."""
+    k, gram = len(rows), gram_of(rows)
+    u = torch.full((k,), 1 / k, dtype=torch.float64) if data is None else data.draw(preferences(k))
+    testing.assert_kkt(dualproj(gram, preference=u), gram, lower=u, total=None)
+
+
+@given(ANY)
+def test_karush_kuhn_tucker_where_gradients_are_nearly_opposed(rows: Tensor) -> None:
+    """A conflict of 1e-8, a hundredth of what has to be seen, with the part that sets two opposed rows apart.
+
+    To resolve it takes weights of 1e8 and more, with which rounding makes a conflict of the same size.
+    """
+    gram, k = gram_of(rows), len(rows)
+    weights = dualproj(gram)
+    slope, r = gram @ weights, reach(weights, gram)
+    assert (slope >= -1e-8 * r * gram.diagonal().sqrt()).all()
+    assert (weights - 1 / k) @ slope <= 1e-8 * r**2
+
+
+@given(DISTINCT | ANY, st.data())
+@example(ROUNDED_TO_A_CONFLICT, None)
+def test_agrees_with_non_negative_least_squares(rows: Tensor, data: st.DataObject | None) -> None:
+    u = None if data is None else data.draw(st.none() | preferences(len(rows)))
+    gram = gram_of(rows)
+    assert_same_vector(dualproj(gram, preference=u), oracle(rows, u), gram)
+
+
+@given(testing.stationary_gradients(max_losses=4) | testing.conflicting_gradients(max_losses=4))
+def test_vector_is_the_exact_one(rows: Tensor) -> None:
+    """‖Σ wᵢgᵢ − g*‖ with g* from rational arithmetic on the gradients themselves."""
+    exact, gram = reference.rational(rows.double().numpy()), gram_of(rows)
+    point, _ = reference.project_exact(exact, exact.sum(0) / len(rows))
+    weights = dualproj(gram)
+    offset = reference.rational(weights.numpy()) @ exact - point
+    # On the square, as in assert_same_vector.
+    assert float(offset @ offset) <= 4 * rounding(len(rows)) * reach(weights, gram) ** 2
+
+
+@given(DISTINCT)
+@example(ROUNDED_TO_A_CONFLICT)
+@example(VANISHING)
+def test_weights_are_no_larger_than_they_have_to_be(rows: Tensor) -> None:
+    """Where a combination of the gradients vanishes, as much of it as one likes may be added: none should be.
+
+    The oracle's weights belong to independent gradients. The interior point of K > 8 has a share of what vanishes.
+    """
+    gram = gram_of(rows)
+    least = reach(oracle(rows), gram)
+    assert reach(dualproj(gram), gram) <= (2 if len(rows) <= combine.qp.MAX_FACES else 1e6) * least
+
+
+@given(DISTINCT | ANY, st.data())
+def test_no_weight_is_below_its_preference(rows: Tensor, data: st.DataObject) -> None:
+    u = data.draw(preferences(len(rows)))
+    gram = gram_of(rows)
+    assert (dualproj(gram) >= 1 / len(rows)).all()
+    assert (dualproj(gram, preference=u) >= u).all()
+
+
+@given(DISTINCT | ANY, st.data())
+def test_without_a_conflict_it_is_the_preferred_combination(rows: Tensor, data: st.DataObject) -> None:
+    """To the last bit: then no weight is moved."""
+    gram = gram_of(rows.abs())
+    assert dualproj(gram).tolist() == [1 / len(rows)] * len(rows)
+    u = data.draw(preferences(len(rows)))
+    assert torch.equal(dualproj(gram, preference=u), u)
+
+
+@given(DISTINCT)
+def test_projection_of_a_projection_is_itself(rows: Tensor) -> None:
+    """The weights, taken as the preference, are a combination that conflicts with no loss already."""
+    gram = gram_of(rows)
+    once = dualproj(gram)
+    assert_same_vector(dualproj(gram, preference=once), once, gram)
+
+
+@given(DISTINCT, st.integers(-20, 20))
+def test_projection_is_positively_homogeneous(rows: Tensor, exponent: int) -> None:
+    """A cone has no unit of length."""
+    gram, c = gram_of(rows), 2.0**exponent
+    u = torch.arange(1, len(rows) + 1).double()
+    assert torch.equal(dualproj(gram, preference=u * c), dualproj(gram, preference=u) * c)
+
+
+@given(DISTINCT)
+def test_no_other_direction_without_conflict_is_nearer_to_the_mean(rows: Tensor) -> None:
+    """UPGrad's is one, and so is every positive multiple of min-norm's; hence ‖g* − g₀‖ ≤ ‖d − g₀‖."""
+    k, gram = len(rows), gram_of(rows)
+    mean = torch.full((k,), 1 / k, dtype=torch.float64)
+    shortest = min_norm(gram)
+    square = shortest @ gram @ shortest
+    multiple = (mean @ gram @ shortest).clamp_min(0) / torch.where(square > 0, square, 1)  # the nearest one
+    offset = dualproj(gram) - mean
+    for other in (upgrad(gram) - mean, shortest * multiple - mean):
+        unit = reach(offset, gram) + reach(other, gram) + reach(mean, gram)
+        assert offset @ gram @ offset <= other @ gram @ other + 4 * rounding(k) * unit**2
+
+
+@given(testing.gradients(max_losses=2))
+def test_two_losses_have_a_closed_form(rows: Tensor) -> None:
+    """d = g₀ − Σ min(0, ⟨g₀, gᵢ⟩)/‖gᵢ‖² gᵢ; two gradients that conflict do not both conflict with their mean."""
+    gram = gram_of(rows)
+    norms = gram.diagonal().sqrt()
+    assume((norms > 0).all() and gram[0, 1] > -(1 - 1e-6) * norms.prod())  # opposed ones do, but for rounding
+    slope = gram.sum(1) / 2
+    expected = 0.5 + (-slope).clamp_min(0) / gram.diagonal()
+    # A sum of two and a quotient; where the sum cancels the result is 1/2 as nearly.
+    torch.testing.assert_close(dualproj(gram), expected, rtol=8 * EPS, atol=0)
+
+
+@given(testing.slightly_conflicting_gradients())
+def test_conflict_of_a_millionth_is_seen(rows: Tensor) -> None:
+    """By method and test: where lengths differ the mean itself conflicts, and fails."""
+    gram = gram_of(rows)
+    testing.assert_non_conflicting(dualproj(gram), gram)
+    mean = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+    if (gram @ mean < -1e-12 * gram.diagonal().sqrt() * reach(mean, gram)).any():
+        with pytest.raises(AssertionError, match="conflicts with loss"):
+            testing.assert_non_conflicting(mean, gram)
+        assert (dualproj(gram) > mean).any()
+
+
+OPTIONS = (None, [3.0, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("preference", OPTIONS)
+@given(rows=testing.gradients(3, 3))
+def test_invariances(preference: list[float] | None, rows: Tensor) -> None:
+    method = partial(dualproj, preference=preference)
+    testing.assert_scale_invariant(method, rows)
+    testing.assert_takes_any_dtype(method, rows)
+    testing.assert_batch_is_a_loop(method, rows)
+    testing.assert_not_finite_in_not_finite_out(method, rows)
+
+
+@given(DISTINCT | ANY)
+def test_order_of_the_losses_does_not_matter(rows: Tensor) -> None:
+    testing.assert_permutation_equivariant("dualproj", rows)
+
+
+@given(DISTINCT | ANY, st.integers(-100, 100))
+def test_power_of_two_changes_not_a_bit(rows: Tensor, exponent: int) -> None:
+    """2^±100 covers 1e±30. Every guard is relative, so nothing is rounded differently."""
+    gram = gram_of(rows)
+    assert torch.equal(dualproj(gram * 2.0**exponent), dualproj(gram))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 8, 9, 32, 64])
+def test_equal_gradients_weigh_the_same(k: int) -> None:
+    weights = dualproj(gram_of(torch.tensor([0.3, -1.7, 2.9]).expand(k, 3)))
+    assert weights.tolist() == [1 / k] * k
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("k", [1, 2, 3, 8, 9, 32])
+def test_nothing_is_read_on_the_host(k: int, batch: tuple[int, ...]) -> None:
+    testing.assert_no_host_read("dualproj", k, batch)
+    testing.assert_no_host_read(partial(dualproj, preference=[1.0] * k), k, batch)
+
+
+def test_preference_of_another_number() -> None:
+    with pytest.raises(ValueError, match=r"^preference: expected one for each of 3 losses, got 2$"):
+        dualproj(torch.eye(3), preference=[1.0, 2.0])
