@@ -112,7 +112,8 @@ def cagrad(gram: Tensor, losses: Tensor | None = None, *, c: float = 0.5) -> Ten
     gap = gap / torch.where(radius > 0, radius / c if c > 0 else radius, torch.ones_like(radius))[..., 0]
     outside = _dot(projected, projected @ unit) > radius.square() * (1 + ROUNDING)
     gap = torch.cat([torch.where(outside[..., 0], torch.inf, gap[..., :1]), gap[..., 1:]], -1)
-    return 1 / gram.shape[-1] + share_alike(gram, smallest(gap, candidates) * inverse)
+    # Of those that are as good as rounding allows, the first.
+    return 1 / gram.shape[-1] + share_alike(gram, smallest(gap.clamp_min(ROUNDING), candidates) * inverse)
 
 
 def _on_sphere(

@@ -24,6 +24,9 @@ _EDGES = (1.0, 1e4, 1e-4)
 # A gap of this size is no gap: that of a sum of K products, for K up to 64.
 _NO_GAP = 16 * torch.finfo(torch.float64).eps
 
+# Of the faces that the interior point leads to.
+_CORRECTIONS = 3
+
 # Keeps the Cholesky factor of a rank-deficient matrix alive. It slows a Newton step by a hair and moves no optimum,
 # because the residuals are taken from the matrix itself.
 _PROXIMAL = 1e-13
@@ -57,7 +60,7 @@ def simplex_qp(matrix: Tensor) -> Tensor:
         >>> simplex_qp(torch.diag(torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64)))
         tensor([0.2500, 0.2500, 0.5000], dtype=torch.float64)
     """
-    unit, lengths = unit_rows(matrix)
+    unit, lengths = _regular_rows(matrix)
     inverse = reciprocal(lengths)
     # x = z · m/‖g‖ up to a common factor, which the normalisation takes out.
     s = inverse / inverse.amax(-1, keepdim=True)
@@ -89,8 +92,8 @@ def orthant_qp(matrix: Tensor, linear: Tensor) -> Tensor:
     judged by its gap, how much it violates feasibility, row by row relative to the row's rounding error, and
     complementarity,
 
-    .. math:: \max_i \frac{-y_i}{(\lvert G \rvert v + \lvert q \rvert)_i}, \qquad
-        \frac{v^\top y}{v^\top (\lvert G \rvert v + \lvert q \rvert)}
+    .. math:: \max_i \frac{-y_i}{b_i}, \qquad \frac{v^\top y}{v^\top b},
+        \qquad b = \lvert G \rvert v + \max_i \lvert q_i \rvert
 
     in rows scaled to unit diagonal, and the best is taken.
 
@@ -105,7 +108,7 @@ def orthant_qp(matrix: Tensor, linear: Tensor) -> Tensor:
         >>> orthant_qp(torch.eye(2).double(), torch.tensor([[-1.0, 2.0]]).double())
         tensor([[1., 0.]], dtype=torch.float64)
     """
-    unit, lengths = unit_rows(matrix)
+    unit, lengths = _regular_rows(matrix)
     inverse, square = reciprocal(lengths), largest_square(matrix)
     scaled = linear * inverse[..., None, :]
     # Of the order of 1, as the matrix is; a problem with q = 0 has the solution 0 whatever the unit.
@@ -119,6 +122,12 @@ def orthant_qp(matrix: Tensor, linear: Tensor) -> Tensor:
         candidates = _found_faces_optima(unit, scaled, *interior_point(each, scaled))
     best = smallest(_orthant_gap(unit, scaled, candidates), candidates)
     return best * (size / square * inverse[..., None, :])
+
+
+def _regular_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`unit_rows`, with zero vectors as unit vectors at right angles to all, which no program wants in."""
+    unit, lengths = unit_rows(matrix)
+    return unit + torch.diag_embed((lengths == 0).to(unit.dtype)), lengths
 
 
 def normalise(weights: Tensor) -> Tensor:
@@ -218,8 +227,15 @@ def _found_faces_optima(c: Tensor, q: Tensor, v: Tensor, y: Tensor) -> Tensor:
     on = candidate_faces(v, y)
     c, v = c[..., None, None, :, :], v[..., None, :]
     right = -q[..., None, :].expand(on.shape)[..., None]
-    refined = refined_on_faces(c, on, right, v[..., None])
-    return torch.cat([on_faces(c, on, right)[..., 0], refined[..., 0], v], -2).clamp_min(0)
+    found = [on_faces(c, on, right)[..., 0]]
+    start: Tensor | None = v[..., None]
+    for _ in range(_CORRECTIONS):
+        # Where dependent rows meet, the face's system is singular: there the interior point's solution is refined. Then
+        # the active-set method: what is in, and what the solution there wants in.
+        x = refined_on_faces(c, on, right, start)
+        found.append(x[..., 0])
+        on, start = (x > c @ x - right)[..., 0], None
+    return torch.cat([*found, v], -2).clamp_min(0)
 
 
 def _quadratic(matrix: Tensor, x: Tensor) -> Tensor:
@@ -231,11 +247,15 @@ def _orthant_gap(c: Tensor, q: Tensor, v: Tensor) -> Tensor:
     """How far v (…, M, F, K) is from feasible and complementary, relative to rounding: (…, M, F)."""
     q = q[..., None, :]
     y = v @ c[..., None, :, :] + q
-    size = v @ c.abs()[..., None, :, :] + q.abs()
-    size = torch.where(size > 0, size, torch.ones_like(size))
+    # Every entry of q is known to a rounding of the largest, which is 1: it may be what is left of terms that cancel.
+    size = v @ c.abs()[..., None, :, :] + 1
     reach = (v * size).sum(-1)
     complementarity = (v * y.clamp_min(0)).sum(-1) / torch.where(reach > 0, reach, torch.ones_like(reach))
-    return torch.maximum((-y / size).amax(-1), complementarity)
+    gap = torch.maximum((-y / size).amax(-1), complementarity).clamp_min(_NO_GAP)
+    # Weights that cancel one another may hide any gap in their own rounding. So what has none ranks by its size, in
+    # steps of a thousand, below which the first is as good as any.
+    thousands = torch.floor(torch.log2(v.sum(-1).clamp_min(1)) / 10)
+    return torch.where(gap <= _NO_GAP, _NO_GAP * (1 - 1 / (2 + thousands)), gap)
 
 
 def _simplex_gap(matrix: Tensor, weights: Tensor) -> Tensor:
@@ -245,19 +265,18 @@ def _simplex_gap(matrix: Tensor, weights: Tensor) -> Tensor:
     value = (weights * slope).sum(-1, keepdim=True)
     reach = (weights * norms).sum(-1, keepdim=True)
     size = reach * (norms + reach)
-    return ((value - slope) / torch.where(size > 0, size, torch.ones_like(size))).amax(-1)
+    return ((value - slope) / torch.where(size > 0, size, torch.ones_like(size))).amax(-1).clamp_min(_NO_GAP)
 
 
 def smallest(gap: Tensor, candidates: Tensor) -> Tensor:
-    """The candidate (..., F, K) with the smallest gap (..., F); nan where none is finite.
+    """The candidate (..., F, K) with the smallest gap (..., F), the first of several; nan where none is finite.
 
     Example:
         >>> smallest(torch.tensor([0.5, 0.1]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
         tensor([3., 4.])
     """
     gap = torch.where(torch.isfinite(gap), gap, torch.inf)
-    # Of those that are as good as rounding allows the first: they come in the order of trust.
-    smallest, which = gap.clamp_min(_NO_GAP).min(-1, keepdim=True)
+    smallest, which = gap.min(-1, keepdim=True)
     best = torch.take_along_dim(candidates, which[..., None], -2)[..., 0, :]
     return torch.where(torch.isfinite(smallest), best, torch.nan)
 
