@@ -111,10 +111,9 @@ def orthant_qp(matrix: Tensor, linear: Tensor) -> Tensor:
     unit, lengths = _regular_rows(matrix)
     inverse, square = reciprocal(lengths), largest_square(matrix)
     scaled = linear * inverse[..., None, :]
-    # Of the order of 1, as the matrix is; a problem with q = 0 has the solution 0 whatever the unit.
+    # Of the order of 1, as the matrix is. A problem with q = 0 has the solution 0, which is 0 times whatever comes out.
     size = scaled.abs().amax(-1, keepdim=True)
-    size = torch.where(size > 0, size, torch.ones_like(size))
-    scaled = scaled / size
+    scaled = scaled / torch.where(size > 0, size, torch.ones_like(size))
     if matrix.shape[-1] <= MAX_FACES:
         candidates = _all_faces_optima(unit, scaled)
     else:

@@ -161,6 +161,19 @@ def test_two_gradients_of_one_length_weigh_the_same(rows: Tensor, alpha: float) 
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-2, atol=0)
 
 
+@given(testing.slightly_conflicting_gradients(max_losses=2).map(within_four_orders))
+def test_larger_alpha_is_fairer_to_the_worse_of_two(rows: Tensor) -> None:
+    """On a concave Pareto front −dx₂/dx₁ = (x₂/x₁)^α: with x₁ < x₂ a larger α moves along it towards x₁.
+
+    So the ratio of the smaller improvement to the larger one grows with α. For three losses that is no theorem.
+    """
+    gram = gram_of(rows)
+    steps = [fairgrad(gram, alpha=alpha) @ gram for alpha in (0.5, 0.75, 1.0, 1.5, 2.0)]
+    fairness = torch.stack([step.min() / step.max() for step in steps])
+    # An improvement is known to the residual of its equation, as above, relative to itself.
+    assert (fairness.diff() >= -4 * (PROXIMAL + rounding(2)) * fairness[1:]).all()
+
+
 @given(SOLVABLE.map(within_four_orders), st.integers(0, 12), ALPHAS)
 def test_zero_gradient_weighs_as_one_of_unit_length(rows: Tensor, place: int, alpha: float) -> None:
     """At right angles to all others, whose weights it leaves alone; a unit is the length of the longest."""

@@ -168,6 +168,14 @@ def test_conflict_of_a_millionth_is_seen(rows: Tensor) -> None:
         assert (weights > mean).any()
 
 
+@given(ANY | MANY, st.integers(-100, 100))
+@example(torch.tensor([[0.0]] * 4 + [[-1.0], [-3.0], [-3.0], [-3.0], [-2.0], [2.0], [1.0], [3.0]]), -50)
+def test_power_of_two_changes_not_a_bit(rows: Tensor, exponent: int) -> None:
+    """2^±100 covers 1e±30. The example has zero gradients, whose projections once had weights with a unit."""
+    gram = gram_of(rows)
+    assert torch.equal(upgrad(gram * 4.0**exponent), upgrad(gram))
+
+
 @pytest.mark.parametrize("preferred", [True, False])
 @pytest.mark.parametrize("k", [1, 2, 3, 8, 9, 32])
 def test_dtypes_batches_and_what_is_not_finite(k: int, preferred: bool) -> None:
