@@ -90,8 +90,8 @@ def vectors(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 def assert_best(rows: Tensor, c: float, share: float) -> None:
     """No step in the ball has a larger worst improvement, but for that share of the largest product of lengths.
 
-    And for the rounding of improvements. The optimum is ⟨g_w, g₀⟩ + c ‖g₀‖ ‖g_w‖ for some shares w; lengths are known to
-    √(64 ε) = 1e-7 of what is summed up, as everywhere, and where g_w all but vanishes the step in its direction may be
+    And for the rounding of improvements. The optimum is ⟨g_w, g₀⟩ + c ‖g₀‖ ‖g_w‖ for some shares w; lengths are known
+    to √(64 ε) = 1e-7 of what is summed up, as everywhere, and where g_w all but vanishes the step along it may be
     worth less than its error, so that the best one without it is taken.
     """
     rows = rows.double()
