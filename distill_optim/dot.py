@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 from distill_optim.combine import gram
 from distill_optim.gradients import Collected
-from distill_optim.multi_loss import MultiLossOptimizer, Through
+from distill_optim.multi_loss import MultiLossOptimizer, Present, Through
 from distill_optim.stats import Stats
 from distill_optim.update import dot_adamw, dot_sgd
 
@@ -64,13 +64,13 @@ class _DOT(MultiLossOptimizer):
         if not _on_device(base) and not 0 <= base < 1:
             raise ValueError(f"{self._memory}={base}: outside [0, 1)")
 
-    def _collect(self, losses: Mapping[int, Tensor], *, through: Through | None, **how: Any) -> None:
+    def _collect(self, losses: Mapping[int, Tensor], present: Present, *, through: Through | None, **how: Any) -> None:
         if through is not None:
             raise ValueError(
                 f"through: {type(self).__name__} needs every loss's gradient of every parameter, so one backward pass "
                 "cannot do; leave it out, or use MoKDSGD or MoKDAdamW"
             )
-        super()._collect(losses, through=None, **how)
+        super()._collect(losses, present, through=None, **how)
 
     def _plain_step(self) -> None:
         super()._plain_step()
@@ -316,13 +316,13 @@ class DOTAdamW(_DOT, AdamW):
     def _base_memory(self, group: Mapping[str, Any]) -> Any:
         return group["betas"][0]
 
-    def _collect(self, losses: Mapping[int, Tensor], **how: Any) -> None:
+    def _collect(self, losses: Mapping[int, Tensor], present: Present, **how: Any) -> None:
         if any(group["differentiable"] for group in self.param_groups):
             raise ValueError(
                 "differentiable=True: DOTAdamW's step over several losses does not record itself; leave it out, or "
                 "add up the losses and call .backward()"
             )
-        super()._collect(losses, **how)
+        super()._collect(losses, present, **how)
 
     def _update(self, collected: Collected) -> None:
         self._capture_check()

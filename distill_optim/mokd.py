@@ -14,13 +14,14 @@ from distill_optim import combine as combination
 from distill_optim.gradients import (
     Collected,
     Losses,
+    Sharded,
     backward_weighted,
     by_index,
     leaves_above,
     reached_alone,
     values,
 )
-from distill_optim.multi_loss import MultiLossOptimizer, Through, unwrap
+from distill_optim.multi_loss import MultiLossOptimizer, Present, Through, unwrap
 from distill_optim.stats import Stats
 from distill_optim.update import weighted_sum
 
@@ -53,12 +54,19 @@ class _MoKD(MultiLossOptimizer):
         memory = {name: value.to(losses.device) for name, value in group.get("combine_state", {}).items()}
         options = {option: group[option] for option in ("combine", "dominance", "rescale")}
         if len(members) == len(self._names):
-            return combination.advance(gram, losses, memory, **options)
-        every = losses.new_ones(len(self._names))
-        memory = memory or combination.initial(every, combine=group["combine"], dominance=group["dominance"])
-        at = _on(list(members), losses.device)
-        weights, part = combination.advance(gram, losses, combination.select(memory, at), **options)
-        return weights, combination.merge(memory, part, at)
+            weights, memory = combination.advance(gram, losses, memory, **options)
+        else:
+            every = losses.new_ones(len(self._names))
+            memory = memory or combination.initial(every, combine=group["combine"], dominance=group["dominance"])
+            at = _on(list(members), losses.device)
+            weights, part = combination.advance(gram, losses, combination.select(memory, at), **options)
+            memory = combination.merge(memory, part, at)
+        processes = self._processes()
+        if processes is not None:
+            # Random orders, and the last digits of one machine's linear algebra, are not those of another.
+            weights, *remembered = processes.same([weights, *memory.values()])
+            memory = dict(zip(memory, remembered, strict=True))
+        return weights, memory
 
     def _remember(self, memory: combination.State) -> None:
         """Keeps the memory in a parameter group, so that copies and checkpoints have it."""
@@ -96,7 +104,7 @@ class _MoKD(MultiLossOptimizer):
             raise ValueError(f"losses: observe needs all of them, {', '.join(map(repr, missing))} is missing")
         group = self.param_groups[0]
         if "combine_state" in group:
-            seen = values([loss.detach() for loss in indexed.values()], self._home())
+            seen = self._given(indexed, self._home())
             self._remember(combination.observe(seen, group["combine_state"], combine=group["combine"]))
 
     # ---------------------------------------------------------------- gradients → weights → update
@@ -159,23 +167,24 @@ class _MoKD(MultiLossOptimizer):
     def _collect(
         self,
         losses: Mapping[int, Tensor],
+        present: Present,
         *,
         scale: Tensor | None,
         through: Through | None,
         joint: bool,
         retain_graph: bool,
     ) -> None:
-        found = self._weights_ahead(losses, scale, through)
+        found = self._weights_ahead(losses, present, scale, through)
         if (self._collected if found else self._ahead) or (self._collected and through is not None):
             raise ValueError(
                 "through/every: the micro-batches of one step must all be walked back the same way; give the same "
                 "through= and the same losses to each, or call zero_grad() before"
             )
         if found is None:
-            super()._collect(losses, scale=scale, through=through, joint=joint, retain_graph=retain_graph)
+            super()._collect(losses, present, scale=scale, through=through, joint=joint, retain_graph=retain_graph)
             return
         stats, alone = found
-        backward_weighted(
+        before = backward_weighted(
             losses,
             dict(zip(losses, stats.weights.unbind(), strict=True)),
             self._params(),
@@ -183,30 +192,58 @@ class _MoKD(MultiLossOptimizer):
             alone,
             scale=scale,
             retain_graph=retain_graph,
+            replicas=self._replicas(),
         )
+        with torch.no_grad():
+            for p, grad in self._same_everywhere(before).items():
+                p.grad = grad if p.grad is None else grad.add_(p.grad)
+            self._note_same()
         self._ahead = stats
 
     def _weights_ahead(
-        self, losses: Mapping[int, Tensor], scale: Tensor | None, through: Through | None
+        self, losses: Mapping[int, Tensor], present: Present, scale: Tensor | None, through: Through | None
     ) -> tuple[Stats, Mapping[int, Sequence[Tensor]]] | None:
         """Statistics with the weights, and what one loss alone reaches, where they need no full backward passes."""
         group = self.param_groups[0]
-        names = tuple(self._names[i] for i in losses)
-        device = self._home()
-        if 0 < group.get("every_count", 0) < group["every"] and group["every_names"] == names:
+        if callable(present):
+            if group["every"] > 1 or through is not None:
+                raise ValueError(
+                    "Join: processes that have run out of batches cannot follow through= and every=; leave them out"
+                )
+            return None
+        names = tuple(self._names[i] for i in present)
+        again = 0 < group.get("every_count", 0) < group["every"] and group["every_names"] == names
+        if not again and through is None and combination.needs_gram(group["combine"], group["dominance"]):
+            return None
+        processes = self._processes()
+        if isinstance(processes, Sharded):
+            if group["every"] > 1 or through is not None:
+                raise ValueError(
+                    "through/every: with sharded parameters (FSDP2) the graph does not say which of them a loss "
+                    "reaches, so that one backward pass cannot do; leave them out"
+                )
+            return None
+        if processes is not None and any(processes.any([len(losses) < len(present)])):
+            raise ValueError(
+                f"losses: a process lacks some of {names!r}; with through=, every= and methods of the loss values "
+                "alone all processes have to give the same losses"
+            )
+        if again:
+            device = self._home()
             weights = group["every_weights"].to(device)
             group["every_weights"] = weights
             if self._alone is None:
                 self._alone = reached_alone({i: leaves_above([loss]) for i, loss in losses.items()}, self._params())
             last = None if self._stats is None or self._stats.names != names else self._stats.gram
-            return Stats(names, values(list(losses.values()), device), weights, last), self._alone
+            return Stats(names, self._given(losses, device), weights, last), self._alone
         if through is None:
-            if combination.needs_gram(group["combine"], group["dominance"]):
-                return None
             return self._weights_of_values(losses)
         at = [through] if isinstance(through, Tensor) else list(through)
         gram = self._gram_at(losses, at, scale)
-        given = values(list(losses.values()), gram.device)
+        if processes is not None:
+            # A process's loss is the mean over its rows, so of the mean over all a row's gradient is that share.
+            gram = processes.mean(gram) / processes.size
+        given = self._given(losses, gram.device)
         above = {i: leaves_above([loss], at) for i, loss in losses.items()}
         alone: dict[int, list[Tensor]] = {}
         if any(p in leaves for p in self._params() for leaves in above.values()):
@@ -216,10 +253,15 @@ class _MoKD(MultiLossOptimizer):
         weights, self._next_memory = self._weights(gram, given, list(losses))
         return Stats(names, given, weights, gram), alone
 
+    def _given(self, losses: Mapping[int, Tensor], device: torch.device) -> Tensor:
+        """Values of the losses, averaged over the processes."""
+        means = self._mean({i: loss.detach() for i, loss in losses.items()}, list(losses))
+        return values(list(means.values()), device)
+
     def _weights_of_values(self, losses: Mapping[int, Tensor]) -> tuple[Stats, Mapping[int, Sequence[Tensor]]]:
         """Weights from rules that look at nothing but the values of the losses."""
         names = [self._names[i] for i in losses]
-        given = values(list(losses.values()), self._home())
+        given = self._given(losses, self._home())
         reached = {i: leaves_above([loss]) for i, loss in losses.items()}
         self._alone = alone = reached_alone(reached, self._params())
         # A loss that shares no parameter has nothing to be combined with.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cached_property
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from distill_optim.gradients import (
     Collected,
     Losses,
+    Replicas,
+    Sharded,
     backward_each,
     by_index,
     check_losses,
@@ -24,6 +26,9 @@ from distill_optim.gradients import (
 from distill_optim.stats import Stats
 
 Through = Tensor | list[Tensor] | tuple[Tensor, ...]
+
+# The losses that any process has, or a function that asks the others.
+Present = Sequence[int] | Callable[[], Sequence[int]]
 
 
 class MultiLossOptimizer(Optimizer):
@@ -42,6 +47,8 @@ class MultiLossOptimizer(Optimizer):
     _per_optimizer: ClassVar[tuple[str, ...]] = ("losses", "process_group")
 
     _stats: Stats | None = None
+    # The group that was asked for, what its processes have in common, and the processes.
+    _replicated: tuple[Any, object, Replicas | None] | None = None
 
     @property
     def stats(self) -> Stats | None:
@@ -59,6 +66,10 @@ class MultiLossOptimizer(Optimizer):
     @cached_property
     def _collected(self) -> Collected:
         return Collected(len(self._names))
+
+    @cached_property
+    def _known_same(self) -> dict[Tensor, tuple[Tensor, int]]:
+        return {}
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -111,7 +122,7 @@ class MultiLossOptimizer(Optimizer):
                 f"{type(closure).__name__}; for one loss call .backward() on it and then step()"
             )
         if losses is not None:
-            self._backward(losses, through=through)
+            self._backward(losses, through=through, stepping=True)
             returned = detached(losses) if losses is closure else returned
         elif through is not None:
             raise ValueError("through: it needs the losses in the same call; give them to step, or it to backward")
@@ -125,6 +136,7 @@ class MultiLossOptimizer(Optimizer):
             self._collected = Collected(len(self._names))
         else:
             self._plain_step()
+        self.__dict__.pop("_known_same", None)
         return returned
 
     def backward(self, losses: Losses, scaler: Any = None, through: Through | None = None) -> None:
@@ -175,6 +187,7 @@ class MultiLossOptimizer(Optimizer):
 
     def _forget(self) -> None:
         self._collected = Collected(len(self._names))
+        self.__dict__.pop("_known_same", None)
         if self._stats is not None:
             self._stats.release()
 
@@ -258,19 +271,39 @@ class MultiLossOptimizer(Optimizer):
         through: Through | None = None,
         joint: bool = False,
         retain_graph: bool = False,
+        stepping: bool = False,
     ) -> None:
         """Losses → gradients: checks them, and walks the graph back."""
-        indexed = by_index(losses, self._names)
-        check_losses(indexed, self._names)
-        self._check_groups()
-        self._refuse_processes()
+        replicas = self._replicas()
+        joined = self._join(stepping=stepping)
+        try:
+            indexed = by_index(losses, self._names)
+            check_losses(indexed, self._names)
+            self._check_groups()
+        except Exception:
+            if replicas is not None:
+                replicas.any([True] + [False] * len(self._names))
+            raise
+        present: Present = list(indexed)
+        if replicas is not None:
+            # Processes that have run out of batches first match what the first backward pass has the others do.
+            ask = partial(self._present_anywhere, replicas, indexed)
+            present = ask if joined else ask()
         if self._stats is not None:
             self._stats.release()
-        self._collect(indexed, scale=scale, through=through, joint=joint, retain_graph=retain_graph)
+        self._collect(indexed, present, scale=scale, through=through, joint=joint, retain_graph=retain_graph)
+
+    def _present_anywhere(self, replicas: Replicas, losses: Mapping[int, Tensor]) -> list[int]:
+        """The losses that any process has, which all of them reduce."""
+        refused, *given = replicas.any([False, *(i in losses for i in range(len(self._names)))])
+        if refused:
+            raise RuntimeError("losses: another process refused its own, so that no process can go on; see its error")
+        return [i for i, has in enumerate(given) if has]
 
     def _collect(
         self,
         losses: Mapping[int, Tensor],
+        present: Present,
         *,
         scale: Tensor | None,
         through: Through | None,
@@ -278,12 +311,22 @@ class MultiLossOptimizer(Optimizer):
         retain_graph: bool,
     ) -> None:
         """One backward pass per loss."""
-        params = self._params()
-        gradients, before = backward_each(losses, params, self._names, scale=scale, retain_graph=retain_graph)
+        params, replicas = self._params(), self._replicas()
+        gradients, before = backward_each(
+            losses,
+            params,
+            self._names,
+            scale=scale,
+            retain_graph=retain_graph,
+            present=present,
+            replicas=replicas,
+        )
+        given = self._mean({i: loss.detach() for i, loss in losses.items()}, list(gradients))
 
-        def finish(before: Mapping[Tensor, Tensor]) -> None:
+        def finish(before: dict[Tensor, Tensor]) -> None:
             with torch.no_grad():
-                self._collected.add(gradients, before, losses, joint=joint)
+                self._collected.add(gradients, self._same_everywhere(before), given, joint=joint)
+                self._note_same()
 
         if not joint:
             finish(before)
@@ -299,6 +342,107 @@ class MultiLossOptimizer(Optimizer):
         for p, grad in before.items():
             p.grad = grad
         torch.autograd.Variable._execution_engine.queue_callback(at_the_end)
+
+    # ---------------------------------------------------------------- several processes
+
+    def _processes(self) -> Replicas | Sharded | None:
+        """The processes that train this model together; None where there is one, or where they are independent."""
+        group, distributed = self.defaults["process_group"], torch.distributed
+        if group is None or not (distributed.is_available() and distributed.is_initialized()):
+            return None
+        params = self._params()
+        mesh = next((p.device_mesh for p in params if hasattr(p, "device_mesh")), None)
+        if mesh is not None and group == "auto":
+            return Sharded(mesh) if mesh.size() > 1 else None
+        group = distributed.group.WORLD if group == "auto" else group
+        signature = (self._names, [(tuple(p.shape), p.dtype) for p in params])
+        if self._replicated is None or self._replicated[0] is not group or self._replicated[1] != signature:
+            replicas = Replicas(group, signature) if distributed.get_world_size(group) > 1 else None
+            self._replicated = (group, signature, replicas)
+        return self._replicated[2]
+
+    def _replicas(self) -> Replicas | None:
+        """Those processes, if each holds all of the parameters."""
+        processes = self._processes()
+        return processes if isinstance(processes, Replicas) else None
+
+    def _mean(self, values: Mapping[int, Tensor], present: Sequence[int]) -> dict[int, Tensor]:
+        """Values of the losses, averaged over the processes; a loss that is missing in one of them is zero there."""
+        processes = self._processes()
+        if processes is None:
+            return dict(values)
+        home = self._home()
+        zero = torch.zeros((), dtype=torch.float64, device=home)
+        own = [values[i].to(home, torch.float64).reshape(()) if i in values else zero for i in present]
+        return dict(zip(present, processes.mean(torch.stack(own)).unbind(), strict=True))
+
+    def _same_everywhere(self, grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """These ``.grad``, with those averaged that may differ between the processes: what nobody here left there."""
+        replicas = self._replicas()
+        if replicas is None:
+            return grads
+        foreign = dict(grads)
+        for p, (same, version) in self._known_same.items():
+            if grads.get(p) is same and same._version == version:
+                del foreign[p]
+        return {**grads, **replicas.average(foreign, self._params())()}
+
+    def _note_same(self) -> None:
+        """Takes down which ``.grad`` are the same in all processes: those of now."""
+        if self._replicas() is not None:
+            self._known_same = {p: (p.grad, p.grad._version) for p in self._params() if p.grad is not None}
+
+    def _join(self, *, stepping: bool) -> bool:
+        """Tells processes that have run out of batches, within ``torch.distributed.algorithms.Join``, that we go on."""
+        if self._join_config is None or not self._join_config.enable:
+            return False
+        from torch.distributed.algorithms.join import Join
+
+        if not stepping:
+            raise ValueError(
+                "Join: processes that have run out of batches can follow step(losses) only; give the losses to step, "
+                "not to backward or joint_loss"
+            )
+        Join.notify_join_context(cast(Any, self))
+        return True
+
+    # What torch.distributed.algorithms.Join asks of the things it is given.
+
+    _join_config: Any = None
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where the tensors live that ``torch.distributed.algorithms.Join`` counts with."""
+        return self._home()
+
+    @property
+    def join_process_group(self) -> Any:
+        """The processes that ``torch.distributed.algorithms.Join`` waits for."""
+        replicas = self._replicas()
+        return torch.distributed.group.WORLD if replicas is None else replicas.group
+
+    def join_hook(self, **_: Any) -> Any:
+        """What a process does that has run out of batches, in every step of the others: it adds nothing and steps too.
+
+        Example:
+            ``with Join([model, optimizer]): ...``
+        """
+        from torch.distributed.algorithms.join import JoinHook
+
+        optimizer = self
+
+        class Follow(JoinHook):
+            def main_hook(self) -> None:
+                replicas = optimizer._replicas()
+                if replicas is not None:
+                    optimizer.zero_grad()
+                    present = partial(optimizer._present_anywhere, replicas, {})
+                    optimizer._collect({}, present, scale=None, through=None, joint=False, retain_graph=False)
+                    with torch.no_grad():
+                        optimizer._update(optimizer._collected)
+                    optimizer._collected = Collected(len(optimizer._names))
+
+        return Follow()
 
     def _base_step(self) -> None:
         """The torch optimizer's step from ``.grad``, without its hooks, which are already around ours."""
@@ -317,21 +461,6 @@ class MultiLossOptimizer(Optimizer):
 
     def _present_names(self, collected: Collected) -> list[str]:
         return [self._names[i] for i in collected.present]
-
-    def _refuse_processes(self) -> None:
-        """Several losses over several processes would make the replicas drift apart without any error."""
-        distributed = torch.distributed
-        if (
-            self.defaults["process_group"] is not None
-            and distributed.is_available()
-            and distributed.is_initialized()
-            and distributed.get_world_size() > 1
-        ):
-            raise ValueError(
-                f"process_group={self.defaults['process_group']!r}: steps over several losses do not reduce their "
-                "gradients over processes yet, so the replicas would drift apart; pass process_group=None if the "
-                "processes train independent models, or add up the losses and call .backward()"
-            )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

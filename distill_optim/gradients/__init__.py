@@ -4,10 +4,13 @@ from distill_optim.gradients.backward import backward_each, backward_weighted
 from distill_optim.gradients.collected import Collected
 from distill_optim.gradients.graph import leaves_above, reached_alone
 from distill_optim.gradients.losses import Losses, by_index, check_losses, detached, is_losses, loss_names, values
+from distill_optim.gradients.processes import Replicas, Sharded
 
 __all__ = [
     "Collected",
     "Losses",
+    "Replicas",
+    "Sharded",
     "backward_each",
     "backward_weighted",
     "by_index",

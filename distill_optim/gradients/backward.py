@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from distill_optim.gradients.graph import leaves_above
+from distill_optim.gradients.processes import Replicas
+
+# No loss has this index.
+NONE = -1
+
 
 @contextmanager
-def _grads_set_aside(params: Iterable[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
+def _grads_set_aside(params: Iterable[Tensor], replicas: Replicas | None) -> Iterator[dict[Tensor, Tensor]]:
     """Takes every ``.grad`` away for the duration, and puts it back if something raises."""
     params = list(params)
     aside = {p: p.grad for p in params if p.grad is not None}
+    if replicas is not None:
+        # DistributedDataParallel may have made it a part of a bucket, which the next backward pass overwrites.
+        aside = {p: grad.clone() if _is_part(grad) else grad for p, grad in aside.items()}
     for p in aside:
         p.grad = None
     try:
@@ -31,6 +40,8 @@ def backward_each(
     *,
     scale: Tensor | None = None,
     retain_graph: bool = False,
+    present: Sequence[int] | Callable[[], Sequence[int]] | None = None,
+    replicas: Replicas | None = None,
 ) -> tuple[dict[int, dict[Tensor, Tensor]], dict[Tensor, Tensor]]:
     """One gradient per loss, by one ``.backward()`` per loss with ``.grad`` taken away in between.
 
@@ -43,6 +54,9 @@ def backward_each(
         names: names of all losses, for messages.
         scale: what each loss's gradient is multiplied by (a loss scale), a scalar tensor.
         retain_graph: whether the last loss leaves the graph in place too.
+        present: the losses that any process has, in order; or a function that asks the others, some of which have run
+            out of batches, to be called after a backward pass; None: those given.
+        replicas: the processes to average over; one loss's gradient is under way while the next is walked back.
 
     Returns:
         Per loss the gradient of each parameter that it reaches; and the ``.grad`` that were there before, which
@@ -53,17 +67,63 @@ def backward_each(
             All ``.grad`` are as before then.
     """
     gradients: dict[int, dict[Tensor, Tensor]] = {}
-    last = list(losses)[-1]
-    with _grads_set_aside(params) as before:
-        for i, loss in losses.items():
-            _backward({i: loss}, names, _seed(loss, scale), retain_graph=retain_graph or i != last)
-            own = gradients[i] = {}
-            for p in params:
-                if p.grad is not None:
-                    own[p] = p.grad
-                    p.grad = None
-            _check_gradients(own, names[i])
+    under_way: dict[int, Callable[[], dict[Tensor, Tensor]]] = {}
+    last = next(reversed(losses), None)
+
+    def walk(i: int, *, down_to_all: bool = False) -> tuple[dict[Tensor, Tensor], set[Tensor]]:
+        """The loss's gradients, and parameters that it does not reach although they have an entry."""
+        others: set[Tensor] = set()
+        if down_to_all:
+            others = _backward_of_all(losses, i, params, names, scale, retain_graph=retain_graph or i != last)
+        elif i in losses:
+            seed = _seed(losses[i], scale)
+            _backward({i: losses[i]}, names, seed, retain_graph=retain_graph or i != last)
+        own = {p: p.grad for p in params if p.grad is not None}
+        for p in own:
+            p.grad = None
+        if i in losses:
+            _check_gradients({p: g for p, g in own.items() if p not in others}, names[i])
+        return own, others
+
+    with _grads_set_aside(params, replicas) as before:
+        if replicas is None:
+            gradients.update({i: walk(i)[0] for i in losses})
+        else:
+            if callable(present):
+                # What the wrapper averages now the processes without batches do not see: it is given zeros.
+                walk(NONE, down_to_all=True)
+                present = present()
+            order = list(losses) if present is None else present
+            for i in order:
+                own, others = walk(i, down_to_all=i == order[0])
+                under_way[i] = replicas.average(own, params, without=others)
+            gradients.update({i: finish() for i, finish in under_way.items()})
     return gradients, before
+
+
+def _backward_of_all(
+    losses: Mapping[int, Tensor],
+    i: int,
+    params: Sequence[Tensor],
+    names: Sequence[str],
+    scale: Tensor | None,
+    *,
+    retain_graph: bool,
+) -> set[Tensor]:
+    """The first backward pass after a forward in ``DistributedDataParallel``: of one loss, down to all parameters.
+
+    The hooks there wait for every parameter that the forward used, and average what this one pass brings them, which
+    has to be the gradient of the same loss in every process. So the other losses are walked back with it, with weights
+    of zero. (What they share is walked once.)
+
+    Returns:
+        The parameters that the loss does not reach, although their ``.grad`` may be there now.
+    """
+    if not losses:
+        return set()
+    _backward(losses, names, *(_seed(loss, scale) * (j == i) for j, loss in losses.items()), retain_graph=retain_graph)
+    reached = leaves_above([losses[i]]) if i in losses else set()
+    return {p for p in params if p not in reached}
 
 
 def backward_weighted(
@@ -75,8 +135,9 @@ def backward_weighted(
     *,
     scale: Tensor | None = None,
     retain_graph: bool = False,
-) -> None:
-    """Accumulates the gradient of the weighted sum into ``.grad``, in one backward pass.
+    replicas: Replicas | None = None,
+) -> dict[Tensor, Tensor]:
+    """The gradient of the weighted sum, in one backward pass.
 
     Args:
         losses: scalar losses by index.
@@ -86,6 +147,10 @@ def backward_weighted(
         alone: the parameters that one loss alone reaches, by loss: they take its gradient as it is.
         scale: what every gradient is multiplied by (a loss scale), a scalar tensor.
         retain_graph: as in ``torch.autograd.backward``.
+        replicas: the processes to average over.
+
+    Returns:
+        The ``.grad`` that were there before; ``.grad`` holds the new gradient alone.
 
     Raises:
         ValueError: as :func:`backward_each`.
@@ -95,7 +160,7 @@ def backward_weighted(
     # too small to matter.
     trace = 2.0**-16
     factors = {i: torch.where(w.abs() < trace, trace, w) if alone.get(i) else w for i, w in weights.items()}
-    with _grads_set_aside(params) as before:
+    with _grads_set_aside(params, replicas) as before:
         seeds = [_seed(loss, factors[i] if scale is None else factors[i] * scale) for i, loss in losses.items()]
         _backward(losses, names, *seeds, retain_graph=retain_graph)
         _check_gradients({p: p.grad for p in params if p.grad is not None}, "/".join(names[i] for i in losses))
@@ -103,8 +168,15 @@ def backward_weighted(
             grads = [p.grad for p in alone.get(i, ()) if p.grad is not None]
             if grads:
                 torch._foreach_div_(grads, factors[i].to(grads[0].device, grads[0].dtype))
-    for p, grad in before.items():
-        p.grad = grad if p.grad is None else grad.add_(p.grad)
+        if replicas is not None:
+            mine = {p: p.grad for p in params if p.grad is not None}
+            for p, grad in replicas.average(mine, params)().items():
+                p.grad = grad
+    return before
+
+
+def _is_part(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
 
 
 def _seed(loss: Tensor, scale: Tensor | None) -> Tensor:

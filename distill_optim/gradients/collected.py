@@ -49,7 +49,7 @@ class Collected:
         self,
         gradients: Mapping[int, dict[Tensor, Tensor]],
         before: Mapping[Tensor, Tensor],
-        losses: Mapping[int, Tensor],
+        values: Mapping[int, Tensor],
         *,
         joint: bool = False,
     ) -> None:
@@ -58,7 +58,7 @@ class Collected:
         Args:
             gradients: per loss the gradient of each parameter that it reaches; kept, and written into later.
             before: the ``.grad`` that were there before the round.
-            losses: the losses, for their values.
+            values: the losses' values.
             joint: whether they came through a joint loss.
         """
         if self:
@@ -77,8 +77,7 @@ class Collected:
             torch._foreach_add_([before[p] for p in again], [summed[p] for p in again])
         for p, grad in {**summed, **before}.items():
             p.grad = grad
-        for i, loss in losses.items():
-            value = loss.detach()
+        for i, value in values.items():
             if i in self.values:
                 so_far, calls = self.values[i], self._joint_calls
                 value = (so_far * calls + value) / (calls + 1) if joint else so_far + value

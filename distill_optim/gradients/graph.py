@@ -24,18 +24,24 @@ def leaves_above(losses: Iterable[Tensor], stop: Collection[Tensor] = ()) -> set
         >>> leaves_above([(z * b).sum()], stop=[z]) == {b}
         True
     """
-    seen: set[Any] = {t.grad_fn for t in stop if t.grad_fn is not None}
+    stopped = {t.grad_fn for t in stop if t.grad_fn is not None}
+    seen: set[Any] = set()
     leaves = {t for t in losses if t.grad_fn is None and t.requires_grad}
-    stack: list[Any] = [t.grad_fn for t in losses if t.grad_fn is not None]
+    stack: list[Any] = [(t.grad_fn, t.output_nr) for t in losses if t.grad_fn is not None]
     while stack:
-        node = stack.pop()
-        if node is None or node in seen:
+        node, output = stack.pop()
+        if node is None or node in stopped:
             continue
-        seen.add(node)
+        # Through DistributedDataParallel's node all outputs of the model pass side by side.
+        passing = type(node).__name__ == "_DDPSinkBackward"
+        place = (node, output) if passing else node
+        if place in seen:
+            continue
+        seen.add(place)
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor):
             leaves.add(variable)
-        stack.extend(parent for parent, _ in node.next_functions)
+        stack.extend(node.next_functions[output : output + 1] if passing else node.next_functions)
     return leaves - set(stop)
 
 
