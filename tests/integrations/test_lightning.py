@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from distill_optim import DOTSGD, MultiLossClosure
+from distill_optim import DOTSGD, DOTAdamW, MultiLossClosure
 from tests.helpers import assert_same_bits, assert_same_tree
 from tests.integrations.scripts import ADVICE, BASES, FOLDER, OURS, REMEMBERING, Make, load, plain_loop, weights
 
@@ -186,16 +186,25 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale() -> None:
     assert plugin.scaler.get_scale() == 2.0 ** (40 - 7)
 
 
-@pytest.mark.parametrize("used_before", [False, True])
-def test_the_fp16_plugin_discards_losses_that_a_closure_returns_which_does_not_pass_in_silence(
-    used_before: bool,
-) -> None:
+def test_the_fp16_plugin_clips_under_a_fused_optimizer() -> None:
+    def make(params: Any) -> Any:
+        return DOTAdamW(params, lr=0.005, fused=True)
+
+    framework = under_lightning(script.Distiller, make, plugins=[fp16_plugin()], gradient_clip_val=0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    assert_same_bits(framework, by_hand(make, autocast=torch.float16, scaler=scaler, clip=0.3))
+
+
+@pytest.mark.parametrize("kind", [GivesAClosure, GivesAMultiLossClosure], ids=lambda kind: kind.__name__)
+def test_the_fp16_plugin_fails_on_a_closure_that_does_not_use_its_scaler(kind: Any) -> None:
+    with pytest.raises(AssertionError, match="_scale is None"):  # torch's: nobody has asked the scaler for its scale
+        under_lightning(kind, OURS["DOTSGD"], plugins=[fp16_plugin()])
+
+
+def test_the_fp16_plugin_discards_losses_that_a_closure_returns_and_ours_says_what_is_missing() -> None:
     plugin = fp16_plugin()
-    if used_before:
-        plugin.scaler.scale(torch.ones(()))
-    # The first message is torch's: nobody has asked the scaler for its scale.
-    error, words = (ValueError, "no gradient to step on") if used_before else (AssertionError, "_scale is None")
-    with pytest.raises(error, match=words):
+    plugin.scaler.scale(torch.ones(()))  # the scaler has been in use
+    with pytest.raises(ValueError, match="no gradient to step on"):
         under_lightning(GivesAClosure, OURS["DOTSGD"], plugins=[plugin])
 
 
@@ -217,7 +226,7 @@ def test_backward_with_the_plugins_scaler_is_a_scaler_in_the_plain_loop() -> Non
 def test_16_mixed_on_a_gpu_ends_near_float32_on_a_cpu(name: str) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}
     framework = under_lightning(
-        script.Distiller, OURS[name], accelerator="gpu", devices=1, precision="16-mixed", **options
+        script.Distiller, OURS[name], accelerator="gpu", devices=1, plugins=[fp16_plugin(device="cuda")], **options
     )
     for a, b in zip(framework, by_hand(OURS[name], accumulate=2, clip=0.3), strict=True):
         # Four steps with gradients of 11 bits. Adam's first steps are as long for a gradient near zero as for any.
