@@ -55,11 +55,11 @@ def arguments(folder, **options):
 
 def fit_teacher(train, folder):
     teacher = model(64, seed=0)
-    Trainer(teacher, arguments(folder, num_train_epochs=8, learning_rate=5e-3), train_dataset=train).train()
+    Trainer(teacher, arguments(folder, num_train_epochs=6, learning_rate=5e-3), train_dataset=train).train()
     return teacher
 
 
-def main(make_optimizer=lambda params: DOTAdamW(params, lr=5e-3), epochs=6, **options):
+def main(make_optimizer=lambda params: DOTAdamW(params, lr=5e-3), epochs=5, **options):
     train, held_out = text()
     with tempfile.TemporaryDirectory() as folder:
         teacher = fit_teacher(train, folder)

@@ -16,6 +16,7 @@ from distill_optim import DOTSGD, DOTAdamW, MoKDAdamW, MoKDSGD
 FOLDER = Path(__file__).parents[2] / "docs" / "integrations"
 ADVICE = "pip install -c constraints.txt -e '.[integrations]'"
 
+CLIP = 0.05  # below the norm of every gradient here
 Make = Callable[[Any], Any]
 
 
@@ -92,4 +93,31 @@ def plain_loop(
             scaler.step(optimizer)
             scaler.update()
         optimizer.zero_grad()
+    return weights(net)
+
+
+def two_sgds(
+    net: nn.Module, batches: Iterable[Any], losses_of: Callable[[Any], list[Tensor]], *, left_over: float
+) -> list[Tensor]:
+    """What OURS["DOTSGD"] has to compute over two micro-batches a step and a clip, by torch alone.
+
+    One SGD per loss over the same parameters: DOT, where every loss reaches every parameter. ``left_over`` is what the
+    losses of a single micro-batch at the end are divided by.
+    """
+    params, batches = list(net.parameters()), list(batches)
+    sgds = [torch.optim.SGD(params, lr=0.02, momentum=0.9 + sign * 0.075) for sign in (-1, 1)]
+    for i in range(0, len(batches), 2):
+        together = batches[i : i + 2]
+        divisor = 2 if len(together) == 2 else left_over
+        per_loss = [[torch.zeros_like(p) for p in params] for _ in sgds]
+        for batch in together:
+            for own, loss in zip(per_loss, losses_of(batch), strict=True):
+                for total, grad in zip(own, torch.autograd.grad(loss, params, retain_graph=True), strict=True):
+                    total += grad / divisor
+        norm = torch.cat([(a + b).flatten() for a, b in zip(*per_loss, strict=True)]).norm()
+        assert norm > CLIP, "the clip has to do something"
+        for sgd, own in zip(sgds, per_loss, strict=True):
+            for p, grad in zip(params, own, strict=True):
+                p.grad = grad * CLIP / norm
+            sgd.step()
     return weights(net)

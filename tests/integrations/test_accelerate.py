@@ -13,7 +13,19 @@ from torch.utils.data import DataLoader, Subset
 
 from distill_optim import MoKDSGD
 from tests.helpers import assert_same_bits, assert_same_tree, snapshot
-from tests.integrations.scripts import ADVICE, BASES, FOLDER, OURS, REMEMBERING, Make, load, plain_loop, weights
+from tests.integrations.scripts import (
+    ADVICE,
+    BASES,
+    CLIP,
+    FOLDER,
+    OURS,
+    REMEMBERING,
+    Make,
+    load,
+    plain_loop,
+    two_sgds,
+    weights,
+)
 
 pytest.importorskip("sklearn", reason=ADVICE)
 accelerate: Any = pytest.importorskip("accelerate", reason=ADVICE)
@@ -50,7 +62,7 @@ class Run:
         self.net, self.optimizer, self.loader = self.accelerator.prepare(net, make(net.parameters()), batches())
         self.teacher = teacher().to(self.accelerator.device)
 
-    def epoch(self, clip: float = 0.3) -> list[Tensor]:
+    def epoch(self, clip: float = CLIP) -> list[Tensor]:
         script.distil_one_epoch(self.accelerator, self.net, self.teacher, self.optimizer, self.loader, clip)
         return weights(self.net)
 
@@ -69,7 +81,7 @@ def by_hand(make: Make, *, around: torch.dtype | None = None, **options: Any) ->
         make(net.parameters()),
         batches(),
         lambda batch: script.losses_of(forward, frozen, *batch),
-        **{"accumulate": 2, "clip": 0.3, **options},
+        **{"accumulate": 2, "clip": CLIP, **options},
     )
 
 
@@ -98,6 +110,13 @@ def test_the_script_runs_as_a_command(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("name", OURS)
 def test_prepare_accumulate_and_clip_are_the_plain_loop(name: str) -> None:
     assert_same_bits(Run(OURS[name]).epoch(), by_hand(OURS[name]))
+
+
+def test_accumulation_and_clipping_reach_the_gradient_of_every_loss() -> None:
+    net, frozen = student(), teacher()
+    expected = two_sgds(net, batches(), lambda batch: script.losses_of(net, frozen, *batch), left_over=2)
+    # Another order of additions.
+    torch.testing.assert_close(Run(OURS["DOTSGD"]).epoch(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", BASES)

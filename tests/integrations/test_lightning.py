@@ -14,7 +14,19 @@ from torch.utils.data import DataLoader, Subset
 
 from distill_optim import DOTSGD, DOTAdamW, MultiLossClosure
 from tests.helpers import assert_same_bits, assert_same_tree
-from tests.integrations.scripts import ADVICE, BASES, FOLDER, OURS, REMEMBERING, Make, load, plain_loop, weights
+from tests.integrations.scripts import (
+    ADVICE,
+    BASES,
+    CLIP,
+    FOLDER,
+    OURS,
+    REMEMBERING,
+    Make,
+    load,
+    plain_loop,
+    two_sgds,
+    weights,
+)
 
 pytest.importorskip("sklearn", reason=ADVICE)
 L: Any = pytest.importorskip("lightning", reason=ADVICE)
@@ -137,14 +149,21 @@ def test_manual_optimization_is_the_plain_loop(name: str, kind: Any) -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_accumulation_and_clipping_are_those_of_the_plain_loop(name: str) -> None:
-    framework = under_lightning(script.Distiller, OURS[name], accumulate_grad_batches=2, gradient_clip_val=0.3)
-    assert_same_bits(framework, by_hand(OURS[name], accumulate=2, clip=0.3))
+    framework = under_lightning(script.Distiller, OURS[name], accumulate_grad_batches=2, gradient_clip_val=CLIP)
+    assert_same_bits(framework, by_hand(OURS[name], accumulate=2, clip=CLIP))
+
+
+def test_accumulation_and_clipping_reach_the_gradient_of_every_loss() -> None:
+    framework = under_lightning(script.Distiller, OURS["DOTSGD"], accumulate_grad_batches=2, gradient_clip_val=CLIP)
+    net = student()
+    expected = two_sgds(net, batches(), script.Distiller(net, None, teacher()).losses, left_over=2)
+    torch.testing.assert_close(framework, expected, rtol=1e-5, atol=1e-6)  # another order of additions
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_an_untouched_module_does_what_the_torch_optimizer_does(name: str) -> None:
     ours, base = BASES[name]
-    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": CLIP}
     assert_same_bits(under_lightning(Untouched, ours, **options), under_lightning(Untouched, base, **options))
 
 
@@ -165,17 +184,17 @@ def test_a_schedule_of_rate_and_momentum_is_followed() -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_bf16_mixed_is_autocast_in_the_plain_loop(name: str) -> None:
-    framework = under_lightning(script.Distiller, OURS[name], precision="bf16-mixed", gradient_clip_val=0.3)
-    assert_same_bits(framework, by_hand(OURS[name], autocast=torch.bfloat16, clip=0.3))
+    framework = under_lightning(script.Distiller, OURS[name], precision="bf16-mixed", gradient_clip_val=CLIP)
+    assert_same_bits(framework, by_hand(OURS[name], autocast=torch.bfloat16, clip=CLIP))
 
 
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("kind", [script.Distiller, script.ManualDistiller], ids=lambda kind: kind.__name__)
 def test_the_fp16_plugin_is_a_scaler_in_the_plain_loop(name: str, kind: Any) -> None:
     manual = kind is script.ManualDistiller
-    options: dict[str, Any] = {} if manual else {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}
+    options: dict[str, Any] = {} if manual else {"accumulate_grad_batches": 2, "gradient_clip_val": CLIP}
     framework = under_lightning(kind, OURS[name], plugins=[fp16_plugin()], **options)
-    mine: dict[str, Any] = {} if manual else {"accumulate": 2, "clip": 0.3}
+    mine: dict[str, Any] = {} if manual else {"accumulate": 2, "clip": CLIP}
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     assert_same_bits(framework, by_hand(OURS[name], autocast=torch.float16, scaler=scaler, **mine))
 
@@ -190,9 +209,9 @@ def test_the_fp16_plugin_clips_under_a_fused_optimizer() -> None:
     def make(params: Any) -> Any:
         return DOTAdamW(params, lr=0.005, fused=True)
 
-    framework = under_lightning(script.Distiller, make, plugins=[fp16_plugin()], gradient_clip_val=0.3)
+    framework = under_lightning(script.Distiller, make, plugins=[fp16_plugin()], gradient_clip_val=CLIP)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    assert_same_bits(framework, by_hand(make, autocast=torch.float16, scaler=scaler, clip=0.3))
+    assert_same_bits(framework, by_hand(make, autocast=torch.float16, scaler=scaler, clip=CLIP))
 
 
 @pytest.mark.parametrize("kind", [GivesAClosure, GivesAMultiLossClosure], ids=lambda kind: kind.__name__)
@@ -224,11 +243,11 @@ def test_backward_with_the_plugins_scaler_is_a_scaler_in_the_plain_loop() -> Non
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", OURS)
 def test_16_mixed_on_a_gpu_ends_near_float32_on_a_cpu(name: str) -> None:
-    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": CLIP}
     framework = under_lightning(
         script.Distiller, OURS[name], accelerator="gpu", devices=1, plugins=[fp16_plugin(device="cuda")], **options
     )
-    for a, b in zip(framework, by_hand(OURS[name], accumulate=2, clip=0.3), strict=True):
+    for a, b in zip(framework, by_hand(OURS[name], accumulate=2, clip=CLIP), strict=True):
         # Four steps with gradients of 11 bits. Adam's first steps are as long for a gradient near zero as for any.
         torch.testing.assert_close(a.cpu(), b, rtol=0.02, atol=0.02 if "AdamW" in name else 2e-3)
 
