@@ -179,6 +179,19 @@ def test_a_schedule_of_rate_and_momentum_is_followed() -> None:
     assert_same_bits(under_lightning(Scheduled, OURS["DOTSGD"], epochs=2), weights(net))
 
 
+def test_a_module_logs_the_statistics_through_lightnings_wrapper() -> None:
+    class Logs(script.Distiller):  # type: ignore[misc]  # a module loaded by its path has no types
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.log_dict(self.optimizers().stats.as_dict())
+
+    module = Logs(student(), OURS["MoKDSGD"], teacher())
+    trainer = script.quiet_trainer(max_epochs=1)
+    trainer.fit(module, batches())
+    weight = [trainer.callback_metrics[f"weight/{name}"].item() for name in ("task", "distill")]
+    assert sum(weight) == pytest.approx(2)
+    assert weight == pytest.approx(module.optimizers().stats.weights.tolist())
+
+
 # ---------------------------------------------------------------- mixed precision
 
 
