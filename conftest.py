@@ -11,6 +11,9 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 import distill_optim
 
+# Scripts to run, not modules with examples; they need frameworks that the core tests do without.
+collect_ignore_glob = ["docs/integrations/*.py"]
+
 pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["*.md"]).pytest()
 
 

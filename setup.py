@@ -24,6 +24,12 @@ test = [
     "torchjd[full]>=0.18",  # the same methods by other hands
     "sybil>=8",  # runs the examples in README and docs
 ]
+integrations = [
+    "scikit-learn>=1.3",  # the digits that the scripts train on
+    "lightning>=2.6",  # a host: joint_loss under its loops, precision plugins and checkpoints
+    "accelerate>=1.15",  # a host: accumulate, clip and mixed precision
+    "transformers>=5.23",  # a host: the Trainer, and a tiny language model from a config
+]
 docs = [
     "sphinx>=8",
     "furo",  # theme that reads well on a phone
@@ -46,6 +52,7 @@ setup(
     extras_require={
         "demo": demo,
         "test": test,
+        "integrations": integrations,
         "docs": docs,
         "bench": bench,
         "dev": [*test, *docs, "mypy", "ruff"],
