@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from distill_optim.sharding import Shards, add_up, local
 
 # Elements that are cast to float64 at a time: on a CPU small enough to stay in the cache between the cast and
 # the dot products, on an accelerator large enough that the number of launches stays small.
 _BUCKET = {"cpu": 1 << 18}
 _BUCKET_ACCELERATOR = 1 << 22
-
-
-# A device mesh and those of its dimensions over which a tensor is sharded; None for a tensor that is whole.
-_Shards = tuple[Any, tuple[int, ...]] | None
 
 
 def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
@@ -48,17 +45,17 @@ def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     """
     k = len(gradients)
     # Columns that the same losses reach, on one device, in one kind of shards.
-    reached: defaultdict[tuple[tuple[int, ...], torch.device, _Shards], list[list[Tensor]]] = defaultdict(list)
+    reached: defaultdict[tuple[tuple[int, ...], torch.device, Shards], list[list[Tensor]]] = defaultdict(list)
     for column in zip(*gradients, strict=True):
         losses = tuple(i for i, gradient in enumerate(column) if gradient is not None)
-        parts = [_local(gradient) for gradient in column if gradient is not None]
+        parts = [local(gradient) for gradient in column if gradient is not None]
         if losses:
             reached[losses, parts[0][0].device, parts[0][1]].append([part for part, _ in parts])
     if not reached:
         return torch.zeros((k, k), dtype=torch.float64)
     home = next(iter(reached))[1]
     zero = torch.zeros((), dtype=torch.float64, device=home)
-    products: defaultdict[_Shards, dict[tuple[int, int], Tensor]] = defaultdict(dict)
+    products: defaultdict[Shards, dict[tuple[int, int], Tensor]] = defaultdict(dict)
     for (losses, device, shards), columns in reached.items():
         sums = products[shards]
         bucket = _BUCKET.get(device.type, _BUCKET_ACCELERATOR)
@@ -73,27 +70,9 @@ def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     for shards, sums in products.items():
         # One product per pair: the matrix is symmetric to the last bit.
         matrix = torch.stack([sums.get((max(i, j), min(i, j)), zero) for i in range(k) for j in range(k)]).view(k, k)
-        if shards is not None:
-            mesh, dims = shards
-            for dim in dims:
-                torch.distributed.all_reduce(matrix, group=mesh.get_group(dim))
+        add_up(matrix, shards)
         total = total + matrix
     return total
-
-
-def _local(tensor: Tensor) -> tuple[Tensor, _Shards]:
-    """This process's part of a tensor, and over what the parts have to be added up."""
-    if not hasattr(tensor, "to_local"):
-        return tensor, None
-    from torch.distributed.tensor import DTensor, Replicate
-
-    assert isinstance(tensor, DTensor)
-    if any(placement.is_partial() for placement in tensor.placements):
-        # A sum that has not been taken yet: its square is not the sum of the parts' squares.
-        whole = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
-        tensor = tensor.redistribute(placements=whole)
-    dims = tuple(dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
-    return tensor.to_local(), (tensor.device_mesh, dims)
 
 
 def _flat_buckets(tensors: Sequence[Tensor], bucket: int) -> Iterator[Tensor]:

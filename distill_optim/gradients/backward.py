@@ -200,7 +200,8 @@ def _check_gradients(gradients: Mapping[Tensor, Tensor], name: str) -> None:
     if not gradients:
         raise ValueError(
             f"losses[{name!r}]: it reaches none of this optimizer's parameters; check that they require grad and "
-            "that the loss was computed from them, or leave it out of the mapping in such a step"
+            "that the loss was computed from them, or leave it out of the mapping in such a step (under FSDP2 also "
+            "check that set_requires_gradient_sync(False) is not on, which keeps gradients out of .grad)"
         )
     for p, gradient in gradients.items():
         if gradient.layout != torch.strided:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from distill_optim.sharding import Shards, add_up, local
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -129,8 +132,8 @@ class Collected:
             owns = [own for own in self.gradients if p in own]
             for own in owns:
                 # In place, and not by products alone: what is to be forgotten may be infinite.
-                gradient = own[p].mul_(factors[n])
-                torch.where(followed[n], gradient, grads[p], out=gradient)
+                gradient = local(own[p])[0].mul_(factors[n])
+                torch.where(followed[n], gradient, local(grads[p])[0], out=gradient)
                 if len(owns) > 1:
                     gradient.mul_(torch.where(followed[n], 1, 1 / len(owns)))
         afresh = (now == 0).all()
@@ -150,10 +153,10 @@ class Collected:
                     torch._foreach_add_([sums[n] for n in again], [run[n][3][i] for n in again])
             torch._foreach_mul_(sums, [factor for _, _, factor, _ in run])
             torch._foreach_sub_(sums, [grad for _, grad, _, _ in run])
-            for (p, _, _, _), norm in zip(run, _norms(dict(enumerate(sums))).values(), strict=True):
+            for (p, _, _, _), norm in zip(run, _local_norms(dict(enumerate(sums))).values(), strict=True):
                 square = norm.double().square()
                 squares[p] = squares[p] + square if p in squares else square
-        return {p: square.sqrt() for p, square in squares.items()}
+        return _of_whole({p: square.sqrt() for p, square in squares.items()}, {p: local(grads[p])[1] for p in params})
 
     def _runs(
         self, params: Sequence[Tensor], grads: Mapping[Tensor, Tensor], factors: Sequence[Tensor]
@@ -162,8 +165,8 @@ class Collected:
         run: list[tuple[Tensor, Tensor, Tensor, list[Tensor]]] = []
         filled = 0
         for p, factor in zip(params, factors, strict=True):
-            tensors = [grads[p], *(own[p] for own in self.gradients if p in own)]
-            if p.numel() > _BUCKET and all(t.is_contiguous() for t in tensors):
+            tensors = [local(t)[0] for t in (grads[p], *(own[p] for own in self.gradients if p in own))]
+            if tensors[0].numel() > _BUCKET and all(t.is_contiguous() for t in tensors):
                 pieces = list(zip(*(t.view(-1).split(_BUCKET) for t in tensors), strict=True))
             else:
                 pieces = [tuple(tensors)]
@@ -210,6 +213,26 @@ def _sum(gradients: Mapping[int, dict[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
 
 
 def _norms(grads: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """Lengths; of a sharded tensor that of the whole."""
+    parts = {p: local(g) for p, g in grads.items()}
+    norms = _local_norms({p: part for p, (part, _) in parts.items()})
+    return _of_whole(norms, {p: shards for p, (_, shards) in parts.items()})
+
+
+def _of_whole(norms: dict[Key, Tensor], shards: Mapping[Key, Shards]) -> dict[Key, Tensor]:
+    """Lengths of whole tensors from those of this process's parts."""
+    alike: defaultdict[Shards, list[Key]] = defaultdict(list)
+    for p, over in shards.items():
+        if over is not None:
+            alike[over].append(p)
+    for over, members in alike.items():
+        squares = torch.stack([norms[p].double().square() for p in members])
+        add_up(squares, over)
+        norms.update(zip(members, squares.sqrt().unbind(), strict=True))
+    return norms
+
+
+def _local_norms(grads: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     """Lengths, at least in float32: a norm in half precision overflows at 65504 and has three digits."""
     norms: dict[Key, Tensor] = {}
     for half in (False, True):

@@ -1,0 +1,191 @@
+"""What each process does in the tests of FSDP2 (``fully_shard``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from distill_optim import DOTSGD, MoKDSGD, joint_loss
+from tests.distributed.ddp import refusal
+from tests.distributed.models import (
+    WAYS,
+    assert_close,
+    assert_same_everywhere,
+    batches,
+    losses_of,
+    outputs,
+    part,
+    student,
+    tensors_of,
+)
+
+
+def sharded(heads: bool, mesh: Any, **options: Any) -> Any:
+    model = student(heads)
+    for layer in (model.trunk, model.a):
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def whole(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
+
+
+def train(model: nn.Module, optimizer: Any, way: str, pieces: Callable[[Any], list[Any]]) -> None:
+    for x in batches():
+        optimizer.zero_grad()
+        WAYS[way](optimizer, model, pieces(x))
+
+
+def follows_one_process(
+    rank: int, make: Any, way: str, shape: tuple[int, ...], options: dict[str, Any], heads: bool, micro: int
+) -> None:
+    world = distributed.get_world_size()
+    alone = student(heads)
+    expected = make(alone.parameters(), process_group=None)
+    train(alone, expected, way, lambda x: list(x.chunk(micro)))
+
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    model = sharded(heads, mesh, **options)
+    optimizer = make(model.parameters())
+    train(model, optimizer, way, lambda x: [part(piece, rank, world) for piece in x.chunk(micro)])
+    assert_close(whole(tensors_of(model, optimizer)), tensors_of(alone, expected))
+    if optimizer.stats is not None:
+        actual, wanted = optimizer.stats, expected.stats
+        assert_close([actual.losses, actual.weights], [wanted.losses, wanted.weights])
+        if wanted.gram is not None:  # methods of the values alone have none, where one pass does
+            assert_close([actual.gram], [wanted.gram])
+
+
+def draws_the_same(rank: int, make: Any) -> None:
+    """Each process has a state of its random generator of its own."""
+    torch.manual_seed(rank)
+    model = sharded(True, init_device_mesh("cpu", (2,)))
+    optimizer = make(model.parameters())
+    torch.manual_seed(rank)
+    for x in batches(10):
+        optimizer.zero_grad()
+        a, b = outputs(model, part(x, rank, 2))
+        optimizer.step([a.square().mean(), (a - 1).abs().mean(), (b + 1).square().mean()])
+        assert_same_everywhere([optimizer.stats.weights])
+
+
+def clips_and_scales(rank: int, make: Any, way: str) -> None:
+    """A gradient scaler and clipping between the phases; the second batch overflows in one loss, in one process."""
+
+    def train(model: nn.Module, optimizer: Any, rank: int, world: int) -> int:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=4)
+        skipped = 0
+        for step, x in enumerate(batches(20)):
+            optimizer.zero_grad()
+            losses = losses_of(model, part(x, rank, world))
+            if step == 1 and rank == world - 1:
+                losses[1] = losses[1] * torch.inf
+            if way == "joint_loss":
+                scaler.scale(joint_loss(losses, optimizer)).backward()
+            else:
+                optimizer.backward(losses, scaler=scaler)
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(optimizer)
+            before = scaler.get_scale()
+            scaler.update()
+            skipped += scaler.get_scale() < before
+        return skipped
+
+    alone = student()
+    expected = make(alone.parameters(), process_group=None)
+    assert train(alone, expected, 0, 1) == 1
+    model = sharded(False, init_device_mesh("cpu", (2,)))
+    optimizer = make(model.parameters())
+    assert train(model, optimizer, rank, 2) == 1
+    assert_close(whole(tensors_of(model, optimizer)), tensors_of(alone, expected))
+
+
+def gathers_once(rank: int, make: Any) -> None:
+    """Kept whole between the backward passes, the parameters need no gathering for the second; the step is the same."""
+    alone = student()
+    expected = make(alone.parameters(), process_group=None)
+    model = sharded(False, init_device_mesh("cpu", (2,)))
+    optimizer = make(model.parameters())
+    for x in batches(10):
+        expected.zero_grad()
+        expected.step(losses_of(alone, x))
+        optimizer.zero_grad()
+        losses = losses_of(model, part(x, rank, 2))
+        model.set_reshard_after_backward(False)
+        optimizer.backward(losses)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        optimizer.step()
+    assert_close(whole(tensors_of(model, optimizer)), tensors_of(alone, expected))
+
+
+def one_pass_is_refused(rank: int) -> None:
+    model = sharded(False, init_device_mesh("cpu", (2,)))
+    optimizer = MoKDSGD(model.parameters(), lr=0.1)
+    out = model(batches(1)[0])
+    with refusal("through/every: with sharded parameters"):
+        optimizer.step([out.square().mean(), out.abs().mean()], through=out)
+
+
+def gradients_that_are_not_reduced_are_refused(rank: int) -> None:
+    model = sharded(False, init_device_mesh("cpu", (2,)))
+    optimizer = DOTSGD(model.parameters(), lr=0.1)
+    model.set_requires_gradient_sync(False)
+    with refusal("set_requires_gradient_sync"):
+        optimizer.backward(losses_of(model, batches(1)[0]))
+
+
+SAVED_AFTER = 7
+
+
+def saves(rank: int, make: Any, folder: str, flat: bool) -> None:
+    model = sharded(True, init_device_mesh("cpu", (distributed.get_world_size(),)))
+    optimizer = make(model.parameters())
+    for x in batches(SAVED_AFTER):
+        optimizer.zero_grad()
+        optimizer.step(losses_of(model, part(x, rank, distributed.get_world_size())))
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer, options=options)}
+    dcp.save(state, checkpoint_id=folder)
+
+
+def loads(rank: int, make: Any, folder: str, flat: bool) -> None:
+    """Into a new model and a new optimizer, spread over as many processes as there are here."""
+    world = distributed.get_world_size()
+    torch.manual_seed(99)
+    model = sharded(True, init_device_mesh("cpu", (world,)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    optimizer = make(model.parameters(), lr=123.0)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer, options=options)}
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optim"], options=options)
+
+    alone = student(True)
+    expected = make(alone.parameters(), process_group=None)
+    for step, x in enumerate(batches(20)):
+        expected.zero_grad()
+        expected.step(losses_of(alone, x))
+        if step >= SAVED_AFTER:
+            optimizer.zero_grad()
+            optimizer.step(losses_of(model, part(x, rank, world)))
+    assert_close(whole(tensors_of(model, optimizer)), tensors_of(alone, expected))
