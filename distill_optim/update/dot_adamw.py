@@ -55,6 +55,9 @@ def dot_adamw(
         foreach: whether all parameters of a dtype and device go through each operation at once.
         steps_on_device: whether step counts must not be read on the host (capturable, fused).
     """
+    # A tensor of one element may have any number of dimensions.
+    lr, beta1, beta2 = _scalar(lr), _scalar(beta1), _scalar(beta2)
+    beta1s = [_scalar(beta) for beta in beta1s]
     # Parameters that the same losses reach share one β₁ per loss, and so go through the same operations together.
     alike: defaultdict[object, list[int]] = defaultdict(list)
     for p, param in enumerate(params):
@@ -128,6 +131,10 @@ def _bias_corrections(beta: float | Tensor, steps: list[Tensor], on_device: bool
         # In float64: the counts are float32, in which 1 − 0.999^t has no more than four digits at first.
         return list((1 - beta ** torch.stack(steps).double()).unbind())
     return [1 - float(beta) ** step.item() for step in steps]
+
+
+def _scalar(value: float | Tensor) -> float | Tensor:
+    return value.squeeze() if isinstance(value, Tensor) else value
 
 
 def _real(tensor: Tensor) -> Tensor:
