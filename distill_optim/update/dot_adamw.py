@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ def dot_adamw(
     weight_decay: float,
     maximize: bool,
     foreach: bool,
-    steps_on_device: bool,
+    on_device: bool,
+    differentiable: bool = False,
 ) -> None:
     r"""One step of AdamW with a first moment per loss, in place.
 
@@ -53,11 +54,11 @@ def dot_adamw(
         beta1: β₁ where one loss alone reaches the parameter.
         beta1s: β₁ of each loss, length K.
         foreach: whether all parameters of a dtype and device go through each operation at once.
-        steps_on_device: whether step counts must not be read on the host (capturable, fused).
+        on_device: whether step counts and options must not be read on the host (capturable, fused, compiled).
+        differentiable: whether the step is to be recorded by autograd.
     """
-    # A tensor of one element may have any number of dimensions.
-    lr, beta1, beta2 = _scalar(lr), _scalar(beta1), _scalar(beta2)
-    beta1s = [_scalar(beta) for beta in beta1s]
+    on_device |= differentiable
+    lr, beta1, beta2, *beta1s = (_scalar(value, on_device) for value in (lr, beta1, beta2, *beta1s))
     # Parameters that the same losses reach share one β₁ per loss, and so go through the same operations together.
     alike: defaultdict[object, list[int]] = defaultdict(list)
     for p, param in enumerate(params):
@@ -79,7 +80,8 @@ def dot_adamw(
             eps=eps,
             weight_decay=weight_decay,
             maximize=maximize,
-            steps_on_device=steps_on_device,
+            on_device=on_device,
+            differentiable=differentiable,
         )
 
 
@@ -98,31 +100,46 @@ def _update(
     eps: float,
     weight_decay: float,
     maximize: bool,
-    steps_on_device: bool,
+    on_device: bool,
+    differentiable: bool,
 ) -> None:
     torch._foreach_add_(steps, 1)
     if weight_decay != 0:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
 
     torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, summed, summed, 1 - beta2)
+    if isinstance(beta2, Tensor):
+        torch._foreach_addcmul_(exp_avg_sqs, torch._foreach_mul(summed, 1 - beta2), summed)
+    else:
+        torch._foreach_addcmul_(exp_avg_sqs, summed, summed, 1 - beta2)
     if max_exp_avg_sqs:
         torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
     denominators = torch._foreach_sqrt(max_exp_avg_sqs or exp_avg_sqs)
-    torch._foreach_div_(denominators, [c**0.5 for c in _bias_corrections(beta2, steps, steps_on_device)])
+    corrections = [c**0.5 for c in _bias_corrections(beta2, steps, on_device)]
+    if differentiable:
+        denominators = torch._foreach_div(denominators, corrections)  # the backward of a root needs the root
+    else:
+        torch._foreach_div_(denominators, corrections)
     torch._foreach_add_(denominators, eps)
 
     for grads, moments, beta in zip(gradients, exp_avgs, beta1s, strict=True):
-        if not grads:
+        if maximize:
+            grads = torch._foreach_neg(grads) if grads else grads
+        if grads and not isinstance(beta, Tensor):
+            torch._foreach_lerp_(moments, grads, 1 - beta)
+        else:
+            # A missing gradient is a zero; and a tensor cannot be the weight of a lerp without being read.
             torch._foreach_mul_(moments, beta)
+            if grads:
+                torch._foreach_add_(moments, torch._foreach_mul(grads, 1 - beta))
+        step_sizes = [-lr / c for c in _bias_corrections(beta, steps, on_device)]
+        if on_device:
+            # A step size on the device cannot be a scalar argument, so it goes through a copy of the moment. What is
+            # recorded needs a copy that the next step does not write into.
+            kept = [moment.clone() for moment in moments] if differentiable else moments
+            torch._foreach_addcdiv_(params, torch._foreach_mul(kept, step_sizes), denominators)
         else:
-            torch._foreach_lerp_(moments, torch._foreach_neg(grads) if maximize else grads, cast(float, 1 - beta))
-        step_sizes = [-lr / c for c in _bias_corrections(beta, steps, steps_on_device)]
-        if steps_on_device:
-            # A step size on the device cannot be a scalar argument, so it goes through a copy of the moment.
-            torch._foreach_addcdiv_(params, torch._foreach_mul(moments, step_sizes), denominators)
-        else:
-            torch._foreach_addcdiv_(params, moments, denominators, [float(s) for s in step_sizes])
+            torch._foreach_addcdiv_(params, moments, denominators, step_sizes)
 
 
 def _bias_corrections(beta: float | Tensor, steps: list[Tensor], on_device: bool) -> list[Any]:
@@ -130,11 +147,14 @@ def _bias_corrections(beta: float | Tensor, steps: list[Tensor], on_device: bool
     if on_device:
         # In float64: the counts are float32, in which 1 − 0.999^t has no more than four digits at first.
         return list((1 - beta ** torch.stack(steps).double()).unbind())
-    return [1 - float(beta) ** step.item() for step in steps]
+    return [1 - beta ** step.item() for step in steps]
 
 
-def _scalar(value: float | Tensor) -> float | Tensor:
-    return value.squeeze() if isinstance(value, Tensor) else value
+def _scalar(value: float | Tensor, on_device: bool) -> float | Tensor:
+    """A tensor of one element, of any number of dimensions, as a number where it may be read on the host."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.squeeze() if on_device else value.item()
 
 
 def _real(tensor: Tensor) -> Tensor:

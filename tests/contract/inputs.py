@@ -185,10 +185,16 @@ def run(optimizer: Any, losses: Losses, steps: int = 4, *, plain: bool = False) 
             optimizer.step(losses())
 
 
-def assert_close_steps(ours: Sequence[Tensor], theirs: Sequence[Tensor], *, exact: bool) -> None:
-    """Bit for bit; or within the rounding of a few steps in double precision."""
+def assert_close_steps(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], kwargs: dict[str, Any], *, exact: bool
+) -> None:
+    """Bit for bit; or within the rounding of a few steps in double precision.
+
+    With options in tensors torch's Adam works out the bias corrections in single precision, the fused one excepted.
+    """
+    single = any(isinstance(value, Tensor) for value in kwargs.values())
     for a, b in zip(ours, theirs, strict=True):
         if exact:
             assert torch.equal(a, b), f"differs by {(a - b).abs().max().item():.3g}"
         else:
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(a, b, rtol=1e-5 if single else 1e-9, atol=1e-6 if single else 1e-11)

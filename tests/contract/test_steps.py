@@ -78,7 +78,7 @@ def test_foreach_takes_the_steps_of_the_for_loop_over_several_losses(
 ) -> None:
     """Bit for bit on the CPU: the same operations, parameter by parameter. A GPU's foreach kernels round otherwise."""
     ours, loop = (steps_of(cls, device, kwargs, dtype, impl) for impl in (FOREACH, FOR_LOOP))
-    assert_close_steps(ours, loop, exact=device == "cpu")
+    assert_close_steps(ours, loop, kwargs, exact=device == "cpu")
 
 
 @every_input(FUSED)
@@ -87,7 +87,7 @@ def test_fused_takes_the_steps_of_the_for_loop_over_several_losses(
 ) -> None:
     """Up to rounding: torch's fused kernels order the operations otherwise."""
     ours, loop = (steps_of(cls, device, kwargs, dtype, impl) for impl in (FUSED, FOR_LOOP))
-    assert_close_steps(ours, loop, exact=False)
+    assert_close_steps(ours, loop, kwargs, exact=False)
 
 
 @every_input(
@@ -125,7 +125,7 @@ def test_dot_sgd_is_sgds_stepped_one_after_the_other(cls: Any, device: str, kwar
             for p, g in zip(twins, grads, strict=True):
                 p.grad = g
             sgd.step()
-    assert_close_steps(params, twins, exact=True)
+    assert_close_steps(params, twins, kwargs, exact=True)
 
 
 @every_input(
@@ -152,4 +152,4 @@ def test_without_conflict_a_step_over_losses_is_the_base_on_their_sum(
     run(make(cls, params, kwargs | same), losses)
     twins, twin_losses = given()
     run(make(base_of(cls), twins, base_options(cls, kwargs)), twin_losses, plain=True)
-    assert_close_steps(params, twins, exact=False)
+    assert_close_steps(params, twins, kwargs, exact=False)
