@@ -348,7 +348,7 @@ class DOTAdamW(_DOT, AdamW):
                 weight_decay=group["weight_decay"],
                 maximize=group["maximize"],
                 foreach=foreach,
-                on_device=bool(group["capturable"] or group["fused"] or torch.compiler.is_compiling()),
+                on_device=bool(group["capturable"] or group["fused"]),
                 differentiable=group["differentiable"],
             )
 

@@ -54,11 +54,14 @@ def dot_adamw(
         beta1: β₁ where one loss alone reaches the parameter.
         beta1s: β₁ of each loss, length K.
         foreach: whether all parameters of a dtype and device go through each operation at once.
-        on_device: whether step counts and options must not be read on the host (capturable, fused, compiled).
+        on_device: whether step counts and options must not be read on the host (capturable, fused).
         differentiable: whether the step is to be recorded by autograd.
     """
-    on_device |= differentiable
-    lr, beta1, beta2, *beta1s = (_scalar(value, on_device) for value in (lr, beta1, beta2, *beta1s))
+    on_device = on_device or differentiable or torch.compiler.is_compiling()
+    # A tensor of one element may have any number of dimensions.
+    lr, beta1, beta2, *beta1s = (x.squeeze() if isinstance(x, Tensor) else x for x in (lr, beta1, beta2, *beta1s))
+    if not on_device:
+        beta1, beta2, *beta1s = map(float, (beta1, beta2, *beta1s))
     # Parameters that the same losses reach share one β₁ per loss, and so go through the same operations together.
     alike: defaultdict[object, list[int]] = defaultdict(list)
     for p, param in enumerate(params):
@@ -68,7 +71,7 @@ def dot_adamw(
         reached = tuple(grads[batch[0]] is not None for grads in gradients)
         _update(
             [_real(params[p]) for p in batch],
-            [[_real(g) for p in batch if (g := grads[p]) is not None] for grads in gradients],
+            [[_real(g) for g in (grads[p] for p in batch) if g is not None] for grads in gradients],
             [_real(summed[p]) for p in batch],
             [[_real(moments[p]) for p in batch] for moments in exp_avgs],
             [_real(exp_avg_sqs[p]) for p in batch],
@@ -114,17 +117,17 @@ def _update(
         torch._foreach_addcmul_(exp_avg_sqs, summed, summed, 1 - beta2)
     if max_exp_avg_sqs:
         torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
-    denominators = torch._foreach_sqrt(max_exp_avg_sqs or exp_avg_sqs)
+    denominators = list(torch._foreach_sqrt(max_exp_avg_sqs or exp_avg_sqs))
     corrections = [c**0.5 for c in _bias_corrections(beta2, steps, on_device)]
     if differentiable:
-        denominators = torch._foreach_div(denominators, corrections)  # the backward of a root needs the root
+        denominators = list(torch._foreach_div(denominators, corrections))  # the backward of a root needs the root
     else:
         torch._foreach_div_(denominators, corrections)
     torch._foreach_add_(denominators, eps)
 
     for grads, moments, beta in zip(gradients, exp_avgs, beta1s, strict=True):
-        if maximize:
-            grads = torch._foreach_neg(grads) if grads else grads
+        if grads and maximize:
+            grads = list(torch._foreach_neg(grads))
         if grads and not isinstance(beta, Tensor):
             torch._foreach_lerp_(moments, grads, 1 - beta)
         else:
@@ -139,7 +142,7 @@ def _update(
             kept = [moment.clone() for moment in moments] if differentiable else moments
             torch._foreach_addcdiv_(params, torch._foreach_mul(kept, step_sizes), denominators)
         else:
-            torch._foreach_addcdiv_(params, moments, denominators, step_sizes)
+            torch._foreach_addcdiv_(params, moments, denominators, [float(s) for s in step_sizes])
 
 
 def _bias_corrections(beta: float | Tensor, steps: list[Tensor], on_device: bool) -> list[Any]:
@@ -148,13 +151,6 @@ def _bias_corrections(beta: float | Tensor, steps: list[Tensor], on_device: bool
         # In float64: the counts are float32, in which 1 − 0.999^t has no more than four digits at first.
         return list((1 - beta ** torch.stack(steps).double()).unbind())
     return [1 - beta ** step.item() for step in steps]
-
-
-def _scalar(value: float | Tensor, on_device: bool) -> float | Tensor:
-    """A tensor of one element, of any number of dimensions, as a number where it may be read on the host."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.squeeze() if on_device else value.item()
 
 
 def _real(tensor: Tensor) -> Tensor:

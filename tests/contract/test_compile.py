@@ -13,16 +13,11 @@ from torch._dynamo.utils import counters
 from tests.contract.inputs import is_sgd
 from tests.helpers import OURS, batches, flat, student, summed, two_losses
 
-# "eager" shows what is traced, "inductor" what is made of it.
-BACKENDS = [
-    "eager",
-    pytest.param(
-        "inductor",
-        marks=pytest.mark.skipif(
-            not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="inductor needs a C++ compiler"
-        ),
-    ),
-]
+no_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="inductor needs a C++ compiler"
+)
+# The plain step is torch's own, so there it is enough to see what is traced.
+HOW = [pytest.param("eager", True), pytest.param("inductor", False, marks=no_compiler)]
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +29,7 @@ def _fresh() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, about its own code
-@pytest.mark.parametrize("plain", [True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "plain"), HOW)
 @pytest.mark.parametrize("cls", OURS)
 def test_a_compiled_step_is_the_step_and_is_compiled_once(cls: Any, backend: str, plain: bool) -> None:
     """Up to rounding; and a schedule that writes into the learning rate makes no new graph."""
@@ -45,7 +39,7 @@ def test_a_compiled_step_is_the_step_and_is_compiled_once(cls: Any, backend: str
         optimizer = cls(model.parameters(), lr=lr, **({"momentum": 0.9} if is_sgd(cls) else {}))
         step = torch.compile(optimizer.step, backend=backend) if compiled else optimizer.step
         graphs = []
-        for n, x in enumerate(batches(10)):
+        for n, x in enumerate(batches(6)):
             optimizer.zero_grad()
             lr.fill_(0.05 / (n + 1))
             if plain:
@@ -57,6 +51,7 @@ def test_a_compiled_step_is_the_step_and_is_compiled_once(cls: Any, backend: str
         if compiled:
             assert graphs[0] > 0, "something was compiled"
             # The second step alone may differ: there are buffers now.
-            assert graphs[1:] == graphs[1:2] * 9
+            assert graphs[1:] == graphs[1:2] * 5
+            assert graphs[-1] <= 5, "one or two, and torch breaks before and after a step of its own"
         seen.append(flat(model.parameters()))
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)

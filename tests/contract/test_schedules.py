@@ -152,7 +152,7 @@ def test_a_schedule_that_is_stepped_before_the_optimizer_is_warned_of(cls: Any) 
 def test_averages_of_the_weights(cls: Any, average: str, plain: bool) -> None:
     """AveragedModel with SWALR and update_bn, around steps of ours."""
     model = nn.Sequential(student()[0], nn.BatchNorm1d(12), student()[2])
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5) if average == "EMA" else None)
+    averaged: Any = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5) if average == "EMA" else None)
     optimizer = cls(model.parameters(), lr=0.05)
     scheduler = SWALR(optimizer, swa_lr=0.02, anneal_epochs=2)
     expected = None
