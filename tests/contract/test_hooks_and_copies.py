@@ -36,6 +36,7 @@ def step(optimizer: Any, losses: Any, way: str) -> None:
 @pytest.mark.parametrize("cls", OURS)
 def test_step_hooks_fire_once_in_torchs_order(cls: Any, way: str) -> None:
     """Global and own, around whole steps; a removed one is silent."""
+    base_of(cls)([torch.ones(1, requires_grad=True)])  # the first of its class puts hooks around its step, for good
     params, losses = problem()
     optimizer = cls(params)
     fired: list[Any] = []
