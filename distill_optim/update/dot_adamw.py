@@ -54,10 +54,11 @@ def dot_adamw(
         beta1: β₁ where one loss alone reaches the parameter.
         beta1s: β₁ of each loss, length K.
         foreach: whether all parameters of a dtype and device go through each operation at once.
-        on_device: whether step counts and options must not be read on the host (capturable, fused).
+        on_device: whether step counts and options must not be read on the host (fused, or capturable, as which
+            torch traces every compiled step).
         differentiable: whether the step is to be recorded by autograd.
     """
-    on_device = on_device or differentiable or torch.compiler.is_compiling()
+    on_device |= differentiable
     # A tensor of one element may have any number of dimensions.
     lr, beta1, beta2, *beta1s = (x.squeeze() if isinstance(x, Tensor) else x for x in (lr, beta1, beta2, *beta1s))
     if not on_device:
