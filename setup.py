@@ -20,6 +20,7 @@ test = [
     "pytest>=8",
     "pytest-xdist>=3",  # the suite on all cores
     "hypothesis>=6.100",  # the theorems
+    "expecttest>=0.2",  # torch.testing._internal.common_optimizers, which test_optim of torch is made of, imports it
     "scipy>=1.11",  # an independent quadratic-programming solver as oracle
     "torchjd[full]>=0.18",  # the same methods by other hands
     "sybil>=8",  # runs the examples in README and docs

@@ -201,8 +201,9 @@ class DOTSGD(_DOT, SGD):
     def _update(self, collected: Collected) -> None:
         self._remember(collected)
         present, keys = collected.present, self._keys()
-        if any(group["nesterov"] for group in self.param_groups):
-            # torch's foreach path of Nesterov writes into the gradients, so what is to be read off them is read now.
+        if any(group["nesterov"] or group["differentiable"] for group in self.param_groups):
+            # torch's foreach path of Nesterov, and the recorded weight decay, write into the gradients, so what is to
+            # be read off them is read now.
             assert self._stats is not None
             _ = self._stats.gram
         for group in self.param_groups:
@@ -248,7 +249,7 @@ class DOTAdamW(_DOT, AdamW):
     Takes the place of ``torch.optim.AdamW``: the untouched loop does what that does, bit for bit, and its
     checkpoints load. A loss that is missing in a step counts as a zero gradient, as it would in the sum. The paper
     has SGD only; this is our extension. Several losses take the foreach or the for-loop path (``fused`` concerns
-    plain steps), and ``differentiable`` is for plain steps alone.
+    plain steps).
 
     Args:
         params: parameters, groups or named parameters, as in torch.
@@ -316,14 +317,6 @@ class DOTAdamW(_DOT, AdamW):
     def _base_memory(self, group: Mapping[str, Any]) -> Any:
         return group["betas"][0]
 
-    def _collect(self, losses: Mapping[int, Tensor], present: Present, **how: Any) -> None:
-        if any(group["differentiable"] for group in self.param_groups):
-            raise ValueError(
-                "differentiable=True: DOTAdamW's step over several losses does not record itself; leave it out, or "
-                "add up the losses and call .backward()"
-            )
-        super()._collect(losses, present, **how)
-
     def _update(self, collected: Collected) -> None:
         self._capture_check()
         self._remember(collected)
@@ -355,7 +348,8 @@ class DOTAdamW(_DOT, AdamW):
                 weight_decay=group["weight_decay"],
                 maximize=group["maximize"],
                 foreach=foreach,
-                steps_on_device=bool(group["capturable"] or group["fused"]),
+                on_device=bool(group["capturable"] or group["fused"]),
+                differentiable=group["differentiable"],
             )
 
     def _capture_check(self) -> None:

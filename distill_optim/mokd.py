@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _get_capturable_supported_devices
 
 from distill_optim import combine as combination
 from distill_optim.gradients import (
@@ -47,6 +47,18 @@ class _MoKD(MultiLossOptimizer):
             raise TypeError(f"every={every!r}: expected a whole number of steps")
         if every < 1:
             raise ValueError(f"every={every}: expected at least 1")
+
+    def _check_groups(self) -> None:
+        super()._check_groups()
+        # torch's AdamW would say so when the gradients are combined already.
+        supported = _get_capturable_supported_devices()
+        for group in self.param_groups:
+            unsupported = {p.device.type for p in group["params"]}.difference(supported)
+            if group.get("capturable") and unsupported and not torch.compiler.is_compiling():
+                raise ValueError(
+                    f"capturable=True: torch supports it on {', '.join(supported)}, and there are parameters on "
+                    f"{', '.join(sorted(unsupported))}; leave it out"
+                )
 
     def _weights(self, gram: Tensor | None, losses: Tensor, members: Sequence[int]) -> tuple[Tensor, combination.State]:
         """Weights of the losses with these indices, and the memory of the rules for the step after this one."""
@@ -317,14 +329,9 @@ class _MoKD(MultiLossOptimizer):
         super()._forget()
         self._ahead = self._next_memory = None
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; also takes a state dict of the torch optimizer that this one replaces.
-
-        Raises:
-            ValueError: for a state dict of an optimizer with other losses, or with the memory of another rule of
-                combination, besides torch's own reasons.
-        """
-        saved = state_dict["param_groups"][0]
+    def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
+        super()._check_loaded(groups)
+        saved = groups[0]
         if "combine_state" in saved:
             rules = {option: saved.get(option, self.defaults[option]) for option in ("combine", "dominance")}
             missing = combination.initial(torch.ones(len(self._names)), **rules).keys() - saved["combine_state"].keys()
@@ -334,7 +341,6 @@ class _MoKD(MultiLossOptimizer):
                     f"combine={rules['combine']!r} with dominance={rules['dominance']!r} needs; construct the "
                     "optimizer with the combine= and dominance= that it was saved with"
                 )
-        super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, with the options checked."""

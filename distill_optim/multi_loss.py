@@ -131,7 +131,7 @@ class MultiLossOptimizer(Optimizer):
             with torch.no_grad():
                 self._collected.follow({p: p.grad for p in self._params() if p.grad is not None})
         if self._collected:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
                 self._update(self._collected)
             self._collected = Collected(len(self._names))
         else:
@@ -217,18 +217,25 @@ class MultiLossOptimizer(Optimizer):
         """As torch's; also takes a state dict of the torch optimizer that this one replaces.
 
         Raises:
-            ValueError: for a state dict of an optimizer with other losses, besides torch's own reasons.
+            ValueError: for a state dict of an optimizer with other losses, or with the memory of another rule of
+                combination, besides torch's own reasons.
         """
-        for group in state_dict["param_groups"]:
+        super().load_state_dict(state_dict)
+
+    def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
+        """Refuses the parameter groups of a state dict that this optimizer could not go on from."""
+        for group in groups:
             saved = group.get("losses")
             if saved is not None and tuple(saved) != self._names:
                 raise ValueError(
                     f"state_dict: it was saved with losses={tuple(saved)!r}, this optimizer has {self._names!r}; "
                     "construct it with the same losses, in the same order"
                 )
-        super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "defaults" not in state:
+            # Not a copy, but the end of load_state_dict, after its hooks and before anything is taken over.
+            self._check_loaded(state["param_groups"])
         super().__setstate__(state)
         # A checkpoint of the torch optimizer, or of an older version, lacks our options.
         for group in self.param_groups:
@@ -244,6 +251,17 @@ class MultiLossOptimizer(Optimizer):
         """Before every such step, because schedulers and users write into the groups."""
         for group in self.param_groups:
             self._check_group(group)
+            # What torch's optimizers would say in the middle of the step.
+            if group["fused"] and (odd := {p.dtype for p in group["params"] if not p.is_floating_point()}):
+                raise ValueError(
+                    f"fused=True: it takes floating-point parameters only, and there are some of "
+                    f"{', '.join(sorted(map(str, odd)))}; leave it out"
+                )
+            if group["foreach"] and isinstance(group["lr"], Tensor) and group.get("capturable") is False:
+                raise ValueError(
+                    f"lr={group['lr']}: a tensor is not supported with foreach=True and capturable=False; write a "
+                    "number into the group, or leave foreach out"
+                )
 
     def _update(self, collected: Collected) -> None:
         """The step from one gradient per loss."""

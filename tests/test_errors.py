@@ -243,13 +243,6 @@ def test_closures_and_joint_losses_refuse() -> None:
         optimizer.step(MultiLossClosure(lambda: model(x).sum(), optimizer))
 
 
-def test_dot_adamw_refuses_to_record_a_step_over_several_losses() -> None:
-    model = student()
-    optimizer = DOTAdamW(model.parameters(), differentiable=True)
-    with refused(optimizer, ValueError, "differentiable=True", ".backward()"):
-        optimizer.step(two_losses(model, batches(1)[0]))
-
-
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 @pytest.mark.parametrize("k", [2, 3, 9])
 @pytest.mark.parametrize("cls", OURS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ def dot_adamw(
     weight_decay: float,
     maximize: bool,
     foreach: bool,
-    steps_on_device: bool,
+    on_device: bool,
+    differentiable: bool = False,
 ) -> None:
     r"""One step of AdamW with a first moment per loss, in place.
 
@@ -53,8 +54,15 @@ def dot_adamw(
         beta1: β₁ where one loss alone reaches the parameter.
         beta1s: β₁ of each loss, length K.
         foreach: whether all parameters of a dtype and device go through each operation at once.
-        steps_on_device: whether step counts must not be read on the host (capturable, fused).
+        on_device: whether step counts and options must not be read on the host (fused, or capturable, as which
+            torch traces every compiled step).
+        differentiable: whether the step is to be recorded by autograd.
     """
+    on_device |= differentiable
+    # A tensor of one element may have any number of dimensions.
+    lr, beta1, beta2, *beta1s = (x.squeeze() if isinstance(x, Tensor) else x for x in (lr, beta1, beta2, *beta1s))
+    if not on_device:
+        beta1, beta2, *beta1s = map(float, (beta1, beta2, *beta1s))
     # Parameters that the same losses reach share one β₁ per loss, and so go through the same operations together.
     alike: defaultdict[object, list[int]] = defaultdict(list)
     for p, param in enumerate(params):
@@ -64,7 +72,7 @@ def dot_adamw(
         reached = tuple(grads[batch[0]] is not None for grads in gradients)
         _update(
             [_real(params[p]) for p in batch],
-            [[_real(g) for p in batch if (g := grads[p]) is not None] for grads in gradients],
+            [[_real(g) for g in (grads[p] for p in batch) if g is not None] for grads in gradients],
             [_real(summed[p]) for p in batch],
             [[_real(moments[p]) for p in batch] for moments in exp_avgs],
             [_real(exp_avg_sqs[p]) for p in batch],
@@ -76,7 +84,8 @@ def dot_adamw(
             eps=eps,
             weight_decay=weight_decay,
             maximize=maximize,
-            steps_on_device=steps_on_device,
+            on_device=on_device,
+            differentiable=differentiable,
         )
 
 
@@ -95,29 +104,44 @@ def _update(
     eps: float,
     weight_decay: float,
     maximize: bool,
-    steps_on_device: bool,
+    on_device: bool,
+    differentiable: bool,
 ) -> None:
     torch._foreach_add_(steps, 1)
     if weight_decay != 0:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
 
     torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, summed, summed, 1 - beta2)
+    if isinstance(beta2, Tensor):
+        torch._foreach_addcmul_(exp_avg_sqs, torch._foreach_mul(summed, 1 - beta2), summed)
+    else:
+        torch._foreach_addcmul_(exp_avg_sqs, summed, summed, 1 - beta2)
     if max_exp_avg_sqs:
         torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
-    denominators = torch._foreach_sqrt(max_exp_avg_sqs or exp_avg_sqs)
-    torch._foreach_div_(denominators, [c**0.5 for c in _bias_corrections(beta2, steps, steps_on_device)])
+    denominators = list(torch._foreach_sqrt(max_exp_avg_sqs or exp_avg_sqs))
+    corrections = [c**0.5 for c in _bias_corrections(beta2, steps, on_device)]
+    if differentiable:
+        denominators = list(torch._foreach_div(denominators, corrections))  # the backward of a root needs the root
+    else:
+        torch._foreach_div_(denominators, corrections)
     torch._foreach_add_(denominators, eps)
 
     for grads, moments, beta in zip(gradients, exp_avgs, beta1s, strict=True):
-        if not grads:
-            torch._foreach_mul_(moments, beta)
+        if grads and maximize:
+            grads = list(torch._foreach_neg(grads))
+        if grads and not isinstance(beta, Tensor):
+            torch._foreach_lerp_(moments, grads, 1 - beta)
         else:
-            torch._foreach_lerp_(moments, torch._foreach_neg(grads) if maximize else grads, cast(float, 1 - beta))
-        step_sizes = [-lr / c for c in _bias_corrections(beta, steps, steps_on_device)]
-        if steps_on_device:
-            # A step size on the device cannot be a scalar argument, so it goes through a copy of the moment.
-            torch._foreach_addcdiv_(params, torch._foreach_mul(moments, step_sizes), denominators)
+            # A missing gradient is a zero; and a tensor cannot be the weight of a lerp without being read.
+            torch._foreach_mul_(moments, beta)
+            if grads:
+                torch._foreach_add_(moments, torch._foreach_mul(grads, 1 - beta))
+        step_sizes = [-lr / c for c in _bias_corrections(beta, steps, on_device)]
+        if on_device:
+            # A step size on the device cannot be a scalar argument, so it goes through a copy of the moment. What is
+            # recorded needs a copy that the next step does not write into.
+            kept = [moment.clone() for moment in moments] if differentiable else moments
+            torch._foreach_addcdiv_(params, torch._foreach_mul(kept, step_sizes), denominators)
         else:
             torch._foreach_addcdiv_(params, moments, denominators, [float(s) for s in step_sizes])
 
@@ -127,7 +151,7 @@ def _bias_corrections(beta: float | Tensor, steps: list[Tensor], on_device: bool
     if on_device:
         # In float64: the counts are float32, in which 1 − 0.999^t has no more than four digits at first.
         return list((1 - beta ** torch.stack(steps).double()).unbind())
-    return [1 - float(beta) ** step.item() for step in steps]
+    return [1 - beta ** step.item() for step in steps]
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def dot_sgd(
             call_buffers = [bufs[p] for p in positions]
             sgd(
                 [params[p] for p in positions],
-                [g for p in positions if (g := grads[p]) is not None],
+                [g for g in (grads[p] for p in positions) if g is not None],
                 call_buffers,
                 lr=cast(float, lr * gains[loss] if shared else lr),  # sgd() takes a tensor too, but does not say so
                 momentum=momenta[loss] if shared else momentum,
