@@ -18,7 +18,9 @@ from distill_optim.gradients import (
     by_index,
     leaves_above,
     reached_alone,
+    refuse_graphed,
     values,
+    walked_back,
 )
 from distill_optim.multi_loss import MultiLossOptimizer, Through, unwrap
 from distill_optim.stats import Stats
@@ -244,14 +246,16 @@ class _MoKD(MultiLossOptimizer):
                     "through: the tensor does not require grad, so no gradient passes it; give one that the student "
                     "computed with grad enabled, not a detached copy"
                 )
+        refuse_graphed(losses, self._names, at)
         columns: list[tuple[Tensor | None, ...]] = []
         for i, loss in losses.items():
             seed = torch.ones_like(loss)
-            columns.append(
-                torch.autograd.grad(
-                    loss, at, seed if scale is None else seed * scale.to(loss), retain_graph=True, allow_unused=True
+            with walked_back(self._names[i]):
+                columns.append(
+                    torch.autograd.grad(
+                        loss, at, seed if scale is None else seed * scale.to(loss), retain_graph=True, allow_unused=True
+                    )
                 )
-            )
             if all(gradient is None for gradient in columns[-1]):
                 raise ValueError(
                     f"through: losses[{self._names[i]!r}] does not pass the tensor; give one that all losses pass"

@@ -1,6 +1,6 @@
 """From losses to one gradient per loss."""
 
-from distill_optim.gradients.backward import backward_each, backward_weighted
+from distill_optim.gradients.backward import backward_each, backward_weighted, refuse_graphed, walked_back
 from distill_optim.gradients.collected import Collected
 from distill_optim.gradients.graph import leaves_above, reached_alone
 from distill_optim.gradients.losses import Losses, by_index, check_losses, detached, is_losses, loss_names, values
@@ -17,5 +17,7 @@ __all__ = [
     "leaves_above",
     "loss_names",
     "reached_alone",
+    "refuse_graphed",
     "values",
+    "walked_back",
 ]

@@ -1,11 +1,29 @@
-"""Which parameters a loss reaches, read off the autograd graph without walking it back."""
+"""What is to be read off the autograd graph without walking it back: which parameters a loss reaches, and how."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+
+
+def nodes_above(losses: Iterable[Tensor], stop: Collection[Tensor] = ()) -> Iterator[Any]:
+    """Nodes of the graph between the losses and the tensors at which the walk stops, each once.
+
+    Args:
+        losses: where the walk starts.
+        stop: tensors below which it does not go.
+    """
+    seen: set[Any] = {t.grad_fn for t in stop if t.grad_fn is not None}
+    stack: list[Any] = [t.grad_fn for t in losses if t.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(parent for parent, _ in node.next_functions)
 
 
 def leaves_above(losses: Iterable[Tensor], stop: Collection[Tensor] = ()) -> set[Tensor]:
@@ -24,18 +42,12 @@ def leaves_above(losses: Iterable[Tensor], stop: Collection[Tensor] = ()) -> set
         >>> leaves_above([(z * b).sum()], stop=[z]) == {b}
         True
     """
-    seen: set[Any] = {t.grad_fn for t in stop if t.grad_fn is not None}
+    losses = list(losses)
     leaves = {t for t in losses if t.grad_fn is None and t.requires_grad}
-    stack: list[Any] = [t.grad_fn for t in losses if t.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_above(losses, stop):
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor):
             leaves.add(variable)
-        stack.extend(parent for parent, _ in node.next_functions)
     return leaves - set(stop)
 
 
