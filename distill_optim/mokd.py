@@ -16,6 +16,7 @@ from distill_optim.gradients import (
     Losses,
     backward_weighted,
     by_index,
+    hides_leaves,
     leaves_above,
     reached_alone,
     refuse_graphed,
@@ -195,7 +196,8 @@ class _MoKD(MultiLossOptimizer):
         group = self.param_groups[0]
         names = tuple(self._names[i] for i in losses)
         device = self._home()
-        if 0 < group.get("every_count", 0) < group["every"] and group["every_names"] == names:
+        between = 0 < group.get("every_count", 0) < group["every"] and group["every_names"] == names
+        if between and (self._alone is not None or not hides_leaves(losses.values())):
             weights = group["every_weights"].to(device)
             group["every_weights"] = weights
             if self._alone is None:
@@ -203,7 +205,7 @@ class _MoKD(MultiLossOptimizer):
             last = None if self._stats is None or self._stats.names != names else self._stats.gram
             return Stats(names, values(list(losses.values()), device), weights, last), self._alone
         if through is None:
-            if combination.needs_gram(group["combine"], group["dominance"]):
+            if combination.needs_gram(group["combine"], group["dominance"]) or hides_leaves(losses.values()):
                 return None
             return self._weights_of_values(losses)
         at = [through] if isinstance(through, Tensor) else list(through)

@@ -2,7 +2,7 @@
 
 from distill_optim.gradients.backward import backward_each, backward_weighted, refuse_graphed, walked_back
 from distill_optim.gradients.collected import Collected
-from distill_optim.gradients.graph import leaves_above, reached_alone
+from distill_optim.gradients.graph import hides_leaves, leaves_above, reached_alone
 from distill_optim.gradients.losses import Losses, by_index, check_losses, detached, is_losses, loss_names, values
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "by_index",
     "check_losses",
     "detached",
+    "hides_leaves",
     "is_losses",
     "leaves_above",
     "loss_names",

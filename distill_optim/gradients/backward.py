@@ -145,6 +145,11 @@ def walked_back(name: str) -> Iterator[None]:
                 "set torch._functorch.config.donated_buffer = False before the first step, or, in a process that has "
                 "compiled already, set it and call torch.compiler.reset()"
             ) from error
+        if "`inputs`" in str(error):
+            raise ValueError(
+                f"through: between it and losses[{name!r}] lies a reentrant checkpoint, which can only be walked back "
+                "whole; call checkpoint(..., use_reentrant=False), or leave through out"
+            ) from error
         raise
 
 

@@ -34,7 +34,7 @@ def leaves_above(losses: Iterable[Tensor], stop: Collection[Tensor] = ()) -> set
         stop: tensors below which it does not go.
 
     Returns:
-        The leaf tensors whose gradient a backward pass down to ``stop`` would reach.
+        The leaf tensors whose gradient a backward pass down to ``stop`` would reach; but see :func:`hides_leaves`.
 
     Example:
         >>> a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
@@ -49,6 +49,11 @@ def leaves_above(losses: Iterable[Tensor], stop: Collection[Tensor] = ()) -> set
         if isinstance(variable, Tensor):
             leaves.add(variable)
     return leaves - set(stop)
+
+
+def hides_leaves(losses: Iterable[Tensor]) -> bool:
+    """Whether the graph has a reentrant checkpoint, whose parameters do not show before it is walked back."""
+    return any(node.name() == "CheckpointFunctionBackward" for node in nodes_above(losses))
 
 
 def reached_alone(reached: Mapping[int, Collection[Tensor]], params: Iterable[Tensor]) -> dict[int, list[Tensor]]:
