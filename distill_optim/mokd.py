@@ -16,6 +16,7 @@ from distill_optim.gradients import (
     Losses,
     backward_weighted,
     by_index,
+    cleared,
     hides_leaves,
     leaves_above,
     reached_alone,
@@ -168,6 +169,9 @@ class _MoKD(MultiLossOptimizer):
         joint: bool,
         retain_graph: bool,
     ) -> None:
+        if all(p.grad is None for p in self._params()):
+            # Cleared by model.zero_grad() after a step that a GradScaler skipped: what was ahead of it is void.
+            self._ahead = self._next_memory = None
         found = self._weights_ahead(losses, scale, through)
         if (self._collected if found else self._ahead) or (self._collected and through is not None):
             raise ValueError(
@@ -230,7 +234,9 @@ class _MoKD(MultiLossOptimizer):
         shared = set(self._params()).difference(*alone.values())
         sharing = [a for a, i in enumerate(losses) if not shared.isdisjoint(reached[i])]
         weights = torch.ones_like(given)
-        total = given if self._ahead is None else given + self._ahead.losses
+        total = given
+        if self._ahead is not None:
+            total = given + torch.where(cleared(self._params(), given.device), 0, self._ahead.losses)
         if sharing:
             at, members = _on(sharing, given.device), [list(losses)[a] for a in sharing]
             weights = weights.index_put((at,), self._weights(None, given[at], members)[0])
