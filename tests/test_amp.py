@@ -236,6 +236,26 @@ def test_an_overflow_in_any_one_loss_leaves_no_trace(kind: Any, bad: int, clear:
         assert_same_tree(a.state_dict(), b.state_dict())
 
 
+def test_a_skipped_step_between_new_weights_is_no_micro_batch_of_the_next() -> None:
+    """``every=3`` knew its weights in the skipped step; the next lacks a loss, and so is walked back loss by loss."""
+    model = student()
+    optimizer = MoKDSGD(model.parameters(), lr=0.01, losses=3, every=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for i, x in enumerate(batches(3)):
+        model.zero_grad()
+        losses = dict(zip(optimizer.defaults["losses"], k_losses(model, x, 3), strict=True))
+        if i == 1:
+            losses["task"] = losses["task"] * torch.inf
+        elif i == 2:
+            del losses["distill_2"]
+        optimizer.backward(losses, scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.stats is not None
+    assert tuple(optimizer.stats.names) == ("task", "distill_1")
+    assert torch.isfinite(flat(model.parameters())).all()
+
+
 def test_an_overflow_in_one_optimizer_skips_that_one() -> None:
     """One scaler for two: the student's, given several losses, and a projector's, given one."""
     model, projector = student(), nn.Linear(4, 3)
