@@ -17,9 +17,13 @@ from distill_optim.gradients import (
     Sharded,
     backward_weighted,
     by_index,
+    cleared,
+    hides_leaves,
     leaves_above,
     reached_alone,
+    refuse_graphed,
     values,
+    walked_back,
 )
 from distill_optim.multi_loss import MultiLossOptimizer, Present, Through, unwrap
 from distill_optim.stats import Stats
@@ -186,6 +190,9 @@ class _MoKD(MultiLossOptimizer):
         joint: bool,
         retain_graph: bool,
     ) -> None:
+        if all(p.grad is None for p in self._params()):
+            # Cleared by model.zero_grad() after a step that a GradScaler skipped: what was ahead of it is void.
+            self._ahead = self._next_memory = None
         found = self._weights_ahead(losses, present, scale, through)
         if (self._collected if found else self._ahead) or (self._collected and through is not None):
             raise ValueError(
@@ -224,8 +231,8 @@ class _MoKD(MultiLossOptimizer):
                 )
             return None
         names = tuple(self._names[i] for i in present)
-        again = 0 < group.get("every_count", 0) < group["every"] and group["every_names"] == names
-        if not again and through is None and combination.needs_gram(group["combine"], group["dominance"]):
+        between = 0 < group.get("every_count", 0) < group["every"] and group["every_names"] == names
+        if not between and through is None and combination.needs_gram(group["combine"], group["dominance"]):
             return None
         processes = self._processes()
         if isinstance(processes, Sharded):
@@ -235,12 +242,18 @@ class _MoKD(MultiLossOptimizer):
                     "reaches, so that one backward pass cannot do; leave them out"
                 )
             return None
-        if processes is not None and any(processes.any([len(losses) < len(present)])):
-            raise ValueError(
-                f"losses: a process lacks some of {names!r}; with through=, every= and methods of the loss values "
-                "alone all processes have to give the same losses"
-            )
-        if again:
+        known = through is not None or (between and self._alone is not None)
+        hidden = not known and hides_leaves(losses.values())
+        if processes is not None:
+            lacking, hidden = processes.any([len(losses) < len(present), hidden])
+            if lacking:
+                raise ValueError(
+                    f"losses: a process lacks some of {names!r}; with through=, every= and methods of the loss values "
+                    "alone all processes have to give the same losses"
+                )
+        if hidden:
+            return None
+        if between:
             device = self._home()
             weights = group["every_weights"].to(device)
             group["every_weights"] = weights
@@ -280,7 +293,9 @@ class _MoKD(MultiLossOptimizer):
         shared = set(self._params()).difference(*alone.values())
         sharing = [a for a, i in enumerate(losses) if not shared.isdisjoint(reached[i])]
         weights = torch.ones_like(given)
-        total = given if self._ahead is None else given + self._ahead.losses
+        total = given
+        if self._ahead is not None:
+            total = given + torch.where(cleared(self._params(), given.device), 0, self._ahead.losses)
         if sharing:
             at, members = _on(sharing, given.device), [list(losses)[a] for a in sharing]
             weights = weights.index_put((at,), self._weights(None, given[at], members)[0])
@@ -298,14 +313,16 @@ class _MoKD(MultiLossOptimizer):
                     "through: the tensor does not require grad, so no gradient passes it; give one that the student "
                     "computed with grad enabled, not a detached copy"
                 )
+        refuse_graphed(losses, self._names, at)
         columns: list[tuple[Tensor | None, ...]] = []
         for i, loss in losses.items():
             seed = torch.ones_like(loss)
-            columns.append(
-                torch.autograd.grad(
-                    loss, at, seed if scale is None else seed * scale.to(loss), retain_graph=True, allow_unused=True
+            with walked_back(self._names[i]):
+                columns.append(
+                    torch.autograd.grad(
+                        loss, at, seed if scale is None else seed * scale.to(loss), retain_graph=True, allow_unused=True
+                    )
                 )
-            )
             if all(gradient is None for gradient in columns[-1]):
                 raise ValueError(
                     f"through: losses[{self._names[i]!r}] does not pass the tensor; give one that all losses pass"

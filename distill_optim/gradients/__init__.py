@@ -1,8 +1,8 @@
 """From losses to one gradient per loss."""
 
-from distill_optim.gradients.backward import backward_each, backward_weighted
-from distill_optim.gradients.collected import Collected
-from distill_optim.gradients.graph import leaves_above, reached_alone
+from distill_optim.gradients.backward import backward_each, backward_weighted, refuse_graphed, walked_back
+from distill_optim.gradients.collected import Collected, cleared
+from distill_optim.gradients.graph import hides_leaves, leaves_above, reached_alone
 from distill_optim.gradients.losses import Losses, by_index, check_losses, detached, is_losses, loss_names, values
 from distill_optim.gradients.processes import Replicas, Sharded
 
@@ -15,10 +15,14 @@ __all__ = [
     "backward_weighted",
     "by_index",
     "check_losses",
+    "cleared",
     "detached",
+    "hides_leaves",
     "is_losses",
     "leaves_above",
     "loss_names",
     "reached_alone",
+    "refuse_graphed",
     "values",
+    "walked_back",
 ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from distill_optim.gradients.graph import leaves_above
+from distill_optim.gradients.graph import hides_leaves, leaves_above, nodes_above
 from distill_optim.gradients.processes import Replicas
 
 # No loss has this index.
@@ -63,9 +63,10 @@ def backward_each(
         are left set to None.
 
     Raises:
-        ValueError: for a loss whose graph was freed, that reaches no parameter, or whose gradient is sparse.
-            All ``.grad`` are as before then.
+        ValueError: for a loss whose graph was freed or can be walked back only once, that reaches no parameter, or
+            whose gradient is sparse. All ``.grad`` are as before then.
     """
+    refuse_graphed(losses, names)
     gradients: dict[int, dict[Tensor, Tensor]] = {}
     under_way: dict[int, Callable[[], dict[Tensor, Tensor]]] = {}
     last = next(reversed(losses), None)
@@ -121,9 +122,12 @@ def _backward_of_all(
     """
     if not losses:
         return set()
-    _backward(losses, names, *(_seed(loss, scale) * (j == i) for j, loss in losses.items()), retain_graph=retain_graph)
+    # Where the graph does not say what a loss reaches, it is walked back alone.
+    hidden = i in losses and hides_leaves(losses.values())
+    walked = {i: losses[i]} if hidden else losses
+    _backward(walked, names, *(_seed(loss, scale) * (j == i) for j, loss in walked.items()), retain_graph=retain_graph)
     reached = leaves_above([losses[i]]) if i in losses else set()
-    return {p for p in params if p not in reached}
+    return set() if hidden else {p for p in params if p not in reached}
 
 
 def backward_weighted(
@@ -185,15 +189,68 @@ def _seed(loss: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _backward(losses: Mapping[int, Tensor], names: Sequence[str], *seeds: Tensor, retain_graph: bool) -> None:
-    try:
+    with walked_back("/".join(names[i] for i in losses)):
         torch.autograd.backward(tuple(losses.values()), seeds, retain_graph=retain_graph)
+
+
+@contextmanager
+def walked_back(name: str) -> Iterator[None]:
+    """Says what to do where torch cannot walk a graph back, or not a second time.
+
+    Args:
+        name: the loss's, for the message.
+
+    Raises:
+        ValueError: in the place of torch's RuntimeError.
+    """
+    try:
+        yield
     except RuntimeError as error:
-        if "second time" not in str(error):
-            raise
-        raise ValueError(
-            f"losses[{'/'.join(names[i] for i in losses)!r}]: its graph was freed by an earlier backward; compute the "
-            "losses anew, or pass retain_graph=True to that backward"
-        ) from error
+        if "second time" in str(error):
+            raise ValueError(
+                f"losses[{name!r}]: its graph was freed by an earlier backward; compute the losses anew, or pass "
+                "retain_graph=True to that backward"
+            ) from error
+        if "donated buffers" in str(error):
+            raise ValueError(
+                f"losses[{name!r}]: the graph passes a compiled model whose first backward was an ordinary one, so "
+                "torch.compile made a backward that gives its buffers away and cannot be repeated for the next loss; "
+                "set torch._functorch.config.donated_buffer = False before the first step, or, in a process that has "
+                "compiled already, set it and call torch.compiler.reset()"
+            ) from error
+        if "`inputs`" in str(error):
+            raise ValueError(
+                f"through: between it and losses[{name!r}] lies a reentrant checkpoint, which can only be walked back "
+                "whole; call checkpoint(..., use_reentrant=False), or leave through out"
+            ) from error
+        raise
+
+
+def refuse_graphed(losses: Mapping[int, Tensor], names: Sequence[str], stop: Collection[Tensor] = ()) -> None:
+    """Refuses several losses behind a callable of ``torch.cuda.make_graphed_callables``.
+
+    Its backward is a CUDA graph: replayed for a second loss it would read activations that the first replay overwrote,
+    and write into the memory in which it handed out the first loss's gradients, without any error.
+
+    Args:
+        losses: scalar losses by index.
+        names: names of all losses, for the message.
+        stop: tensors below which the graph is walked back only once.
+
+    Raises:
+        ValueError: if one of several losses has such a callable in its graph.
+    """
+    # make_graphed_callables defines the Function anew for every callable; where nobody has called it there is no need
+    # to look at the graph.
+    if len(losses) < 2 or all(kind.__name__ != "Graphed" for kind in torch.autograd.Function.__subclasses__()):
+        return
+    for i, loss in losses.items():
+        if any(node.name() == "GraphedBackward" for node in nodes_above([loss], stop)):
+            raise ValueError(
+                f"losses[{names[i]!r}]: the graph passes a callable of torch.cuda.make_graphed_callables, whose "
+                "backward can be replayed once per forward and not once per loss; capture the whole step in a "
+                "torch.cuda.CUDAGraph instead, or add up the losses and call .backward()"
+            )
 
 
 def _check_gradients(gradients: Mapping[Tensor, Tensor], name: str) -> None:

@@ -212,6 +212,16 @@ def _sum(gradients: Mapping[int, dict[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
     return {p: g.clone() if p in borrowed else g for p, g in total.items()}
 
 
+def cleared(params: Sequence[Tensor], home: torch.device) -> Tensor:
+    """Whether every ``.grad`` that there is is zero, on a device and without waiting for it."""
+    norms = _norms({p: p.grad for p in params if p.grad is not None}).values()
+    return (
+        torch.stack([torch.zeros((), dtype=torch.float64, device=home), *(n.to(home).double() for n in norms)])
+        .eq(0)
+        .all()
+    )
+
+
 def _norms(grads: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     """Lengths; of a sharded tensor that of the whole."""
     parts = {p: local(g) for p, g in grads.items()}

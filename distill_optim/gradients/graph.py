@@ -1,32 +1,22 @@
-"""Which parameters a loss reaches, read off the autograd graph without walking it back."""
+"""What is to be read off the autograd graph without walking it back: which parameters a loss reaches, and how."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 
-def leaves_above(losses: Iterable[Tensor], stop: Collection[Tensor] = ()) -> set[Tensor]:
-    """Leaves of the graph between the losses and the tensors at which the walk stops.
+def nodes_above(losses: Iterable[Tensor], stop: Collection[Tensor] = ()) -> Iterator[Any]:
+    """Nodes of the graph between the losses and the tensors at which the walk stops.
 
     Args:
         losses: where the walk starts.
         stop: tensors below which it does not go.
-
-    Returns:
-        The leaf tensors whose gradient a backward pass down to ``stop`` would reach.
-
-    Example:
-        >>> a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
-        >>> z = a * 2
-        >>> leaves_above([(z * b).sum()], stop=[z]) == {b}
-        True
     """
     stopped = {t.grad_fn for t in stop if t.grad_fn is not None}
     seen: set[Any] = set()
-    leaves = {t for t in losses if t.grad_fn is None and t.requires_grad}
     stack: list[Any] = [(t.grad_fn, t.output_nr) for t in losses if t.grad_fn is not None]
     while stack:
         node, output = stack.pop()
@@ -38,11 +28,38 @@ def leaves_above(losses: Iterable[Tensor], stop: Collection[Tensor] = ()) -> set
         if place in seen:
             continue
         seen.add(place)
+        yield node
+        stack.extend(node.next_functions[output : output + 1] if passing else node.next_functions)
+
+
+def leaves_above(losses: Iterable[Tensor], stop: Collection[Tensor] = ()) -> set[Tensor]:
+    """Leaves of the graph between the losses and the tensors at which the walk stops.
+
+    Args:
+        losses: where the walk starts.
+        stop: tensors below which it does not go.
+
+    Returns:
+        The leaf tensors whose gradient a backward pass down to ``stop`` would reach; but see :func:`hides_leaves`.
+
+    Example:
+        >>> a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+        >>> z = a * 2
+        >>> leaves_above([(z * b).sum()], stop=[z]) == {b}
+        True
+    """
+    losses = list(losses)
+    leaves = {t for t in losses if t.grad_fn is None and t.requires_grad}
+    for node in nodes_above(losses, stop):
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor):
             leaves.add(variable)
-        stack.extend(node.next_functions[output : output + 1] if passing else node.next_functions)
     return leaves - set(stop)
+
+
+def hides_leaves(losses: Iterable[Tensor]) -> bool:
+    """Whether the graph has a reentrant checkpoint, whose parameters do not show before it is walked back."""
+    return any(node.name() == "CheckpointFunctionBackward" for node in nodes_above(losses))
 
 
 def reached_alone(reached: Mapping[int, Collection[Tensor]], params: Iterable[Tensor]) -> dict[int, list[Tensor]]:
