@@ -40,6 +40,9 @@ class _MoKD(MultiLossOptimizer):
     # The parameters that one loss alone reaches, by loss, as the last full step found them.
     _alone: dict[int, list[Tensor]] | None = None
 
+    # Whether those weights are those of a step before.
+    _between = False
+
     # The memory of the rules after a step whose weights are known but that has not been taken.
     _next_memory: combination.State | None = None
 
@@ -155,7 +158,7 @@ class _MoKD(MultiLossOptimizer):
         self._remember(memory)
 
         self._alone = reached_alone({i: collected.gradients[i].keys() for i in present}, params)
-        self._schedule(refreshed=True)
+        self._schedule(present, refreshed=True)
 
     def _step_along(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """The torch optimizer's step with these gradients in the place of ``.grad``."""
@@ -176,7 +179,8 @@ class _MoKD(MultiLossOptimizer):
             if self._next_memory is not None:
                 self._remember(self._next_memory)
                 self._next_memory = None
-            self._schedule(refreshed=self._stats.weights is not self.param_groups[0].get("every_weights"))
+            self._schedule([self._names.index(name) for name in self._stats.names], refreshed=not self._between)
+            self._between = False
 
     # ---------------------------------------------------------------- weights known before the backward pass
 
@@ -231,7 +235,7 @@ class _MoKD(MultiLossOptimizer):
                 )
             return None
         names = tuple(self._names[i] for i in present)
-        between = 0 < group.get("every_count", 0) < group["every"] and group["every_names"] == names
+        between = 0 < group.get("every_count", 0) < group["every"] and group["every_present"] == self._mask(present)
         if not between and through is None and combination.needs_gram(group["combine"], group["dominance"]):
             return None
         processes = self._processes()
@@ -255,8 +259,8 @@ class _MoKD(MultiLossOptimizer):
             return None
         if between:
             device = self._home()
-            weights = group["every_weights"].to(device)
-            group["every_weights"] = weights
+            weights = _rows(group["every_weights"].to(device), list(present))
+            self._between = True
             if self._alone is None:
                 self._alone = reached_alone({i: leaves_above([loss]) for i, loss in losses.items()}, self._params())
             last = None if self._stats is None or self._stats.names != names else self._stats.gram
@@ -331,16 +335,32 @@ class _MoKD(MultiLossOptimizer):
             gram = combination.gram(columns)
             return gram if scale is None else gram / scale.to(gram).square()
 
-    def _schedule(self, *, refreshed: bool) -> None:
+    def _schedule(self, present: Sequence[int], *, refreshed: bool) -> None:
         """Counts the steps since the weights were computed; in a parameter group, so that a checkpoint has it."""
         group = self.param_groups[0]
         if group["every"] == 1:
             return
         assert self._stats is not None
         if refreshed:
-            group.update(every_count=1, every_names=self._stats.names, every_weights=self._stats.weights)
+            weights = self._stats.weights
+            every = torch.ones(len(self._names), dtype=weights.dtype, device=weights.device)
+            every = every.index_put((_on(list(present), weights.device),), weights)
+            group.update(every_count=1, every_present=self._mask(present), every_weights=every)
         else:
             group["every_count"] += 1
+
+    def _mask(self, present: Sequence[int]) -> int:
+        """The losses of a step as a number, which every kind of checkpoint takes."""
+        return sum(1 << i for i in present)
+
+    def _begin(self) -> None:
+        """What is remembered between steps, before there were any: a distributed checkpoint fills what it finds."""
+        group = self.param_groups[0]
+        every = torch.ones(len(self._names), dtype=torch.float64, device=self._home())
+        if "combine_state" not in group:
+            self._remember(combination.initial(every, combine=group["combine"], dominance=group["dominance"]))
+        if group["every"] > 1 and "every_count" not in group:
+            group.update(every_count=0, every_present=0, every_weights=every)
 
     def _forget(self) -> None:
         super()._forget()
@@ -350,7 +370,7 @@ class _MoKD(MultiLossOptimizer):
         super()._check_loaded(groups)
         saved = groups[0]
         if "combine_state" in saved:
-            rules = {option: saved.get(option, self.defaults[option]) for option in ("combine", "dominance")}
+            rules = {option: saved.get(option) or self.defaults[option] for option in ("combine", "dominance")}
             missing = combination.initial(torch.ones(len(self._names)), **rules).keys() - saved["combine_state"].keys()
             if missing:
                 raise ValueError(
@@ -359,9 +379,14 @@ class _MoKD(MultiLossOptimizer):
                     "optimizer with the combine= and dominance= that it was saved with"
                 )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, with the options checked."""
         super().add_param_group(param_group)
+        self._begin()
         # Between two computations of ``every`` nobody has seen yet which losses reach the new parameters.
         self._alone = None
 

@@ -205,12 +205,12 @@ class MultiLossOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; without the options that describe this process, or that are functions: a checkpoint is data."""
+        """As torch's; None for options that describe this process, or that are functions: a checkpoint is data."""
         packed = super().state_dict()
         for group in packed["param_groups"]:
             for option in self._per_optimizer:
                 if option == "process_group" or callable(group[option]):
-                    del group[option]
+                    group[option] = None
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -236,6 +236,10 @@ class MultiLossOptimizer(Optimizer):
         if "defaults" not in state:
             # Not a copy, but the end of load_state_dict, after its hooks and before anything is taken over.
             self._check_loaded(state["param_groups"])
+            for group in state["param_groups"]:
+                group.update(
+                    {option: self.defaults[option] for option in self._per_optimizer if group.get(option) is None}
+                )
         super().__setstate__(state)
         # A checkpoint of the torch optimizer, or of an older version, lacks our options.
         for group in self.param_groups:

@@ -87,7 +87,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def assert_same_tree(a: Any, b: Any, where: str = "") -> None:
     if isinstance(a, Tensor):
         assert isinstance(b, Tensor), where
-        assert torch.equal(a, b), where
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=where)
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:

@@ -71,7 +71,7 @@ class FAMO(Stateful):
 
     def init(self, losses: Tensor) -> State:
         logits = torch.zeros_like(losses, dtype=torch.float64)
-        return {"logits": logits, **adam_state(logits)}
+        return {"logits": logits, **adam_state(logits), "previous": torch.full_like(logits, torch.nan)}
 
     def __call__(self, gram: Tensor | None, losses: Tensor, state: State) -> tuple[Tensor, State]:
         state = self.observe(losses, state)
@@ -88,14 +88,12 @@ class FAMO(Stateful):
         Returns:
             The memory for the next step.
         """
-        if "previous" not in state:
-            return state
-        old = {name: value for name, value in state.items() if name != "previous"}
-        fall = state["previous"] - _log(losses)  # δ
+        fall = state["previous"] - _log(losses)  # δ; nan where there is no step to look back on
         z = state["logits"].softmax(-1)
         gradient = z * (fall - (z * fall).sum())
         logits, memory = adam(state["logits"], gradient, state, lr=self.lr, weight_decay=self.weight_decay)
-        return keep(torch.isfinite(gradient).all(), {"logits": logits, **memory}, old)
+        looked_back = {**state, "previous": torch.full_like(fall, torch.nan)}
+        return keep(torch.isfinite(gradient).all(), {**looked_back, "logits": logits, **memory}, looked_back)
 
 
 def _log(losses: Tensor) -> Tensor:

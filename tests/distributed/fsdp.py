@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -15,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -161,8 +162,11 @@ def saves(rank: int, make: Any, folder: str, flat: bool) -> None:
         optimizer.zero_grad()
         optimizer.step(losses_of(model, part(x, rank, distributed.get_world_size())))
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer, options=options)}
-    dcp.save(state, checkpoint_id=folder)
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optim": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    save(state, checkpoint_id=folder)
 
 
 def loads(rank: int, make: Any, folder: str, flat: bool) -> None:
@@ -175,8 +179,11 @@ def loads(rank: int, make: Any, folder: str, flat: bool) -> None:
             p.zero_()
     optimizer = make(model.parameters(), lr=123.0)
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer, options=options)}
-    dcp.load(state, checkpoint_id=folder)
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optim": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    load(state, checkpoint_id=folder)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optim"], options=options)
 
