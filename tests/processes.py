@@ -54,8 +54,8 @@ class Pool:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``function(rank, *arguments)`` returns in each process; the function has to be importable.
+    def run(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> list[Any]:
+        """What ``function(rank, *arguments, **keywords)`` returns in each process; the function has to be importable.
 
         Raises:
             AssertionError: with the traceback of the first process that raised, or that was not done in time.
@@ -63,7 +63,7 @@ class Pool:
         if not self._processes:
             self._start()
         for pipe in self._pipes:
-            pipe.send((function, arguments))
+            pipe.send((function, arguments, keywords))
         results: dict[int, Any] = {}
         while len(results) < self._world:
             ready = wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in results], TIMEOUT)
@@ -101,8 +101,8 @@ class Pool:
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     join(rank, world, store)
     while True:
-        function, arguments = pipe.recv()
+        function, arguments, keywords = pipe.recv()
         try:
-            pipe.send((function(rank, *arguments), None))
+            pipe.send((function(rank, *arguments, **keywords), None))
         except BaseException:
             pipe.send((None, traceback.format_exc()))

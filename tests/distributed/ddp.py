@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from distill_optim import DOTSGD, DOTAdamW, MoKDAdamW, MoKDSGD, joint_loss
 from distill_optim.gradients import Replicas
 from tests.distributed.models import (
+    FEW,
+    STEPS,
     WAYS,
     assert_close,
     assert_same_everywhere,
@@ -40,22 +42,24 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(model: nn.Module, optimizer: Any, way: str, pieces: Callable[[Any], list[Any]]) -> None:
-    for x in batches():
+def train(model: nn.Module, optimizer: Any, way: str, pieces: Callable[[Any], list[Any]], steps: int) -> None:
+    for x in batches(steps):
         optimizer.zero_grad()
         WAYS[way](optimizer, model, pieces(x))
 
 
-def follows_one_process(rank: int, make: Any, way: str, flags: dict[str, Any], heads: bool, micro: int) -> None:
+def follows_one_process(
+    rank: int, make: Any, way: str, flags: dict[str, Any], heads: bool = False, micro: int = 1, steps: int = STEPS
+) -> None:
     alone = student(heads)
     expected = make(alone.parameters(), process_group=None)
-    train(alone, expected, way, lambda x: list(x.chunk(micro)))
+    train(alone, expected, way, lambda x: list(x.chunk(micro)), steps)
 
     model = student(heads)
     optimizer = make(model.parameters())
     replica = DistributedDataParallel(model, **flags)
     # The rows of every micro-batch, over the processes.
-    train(replica, optimizer, way, lambda x: [part(piece, rank, 2) for piece in x.chunk(micro)])
+    train(replica, optimizer, way, lambda x: [part(piece, rank, 2) for piece in x.chunk(micro)], steps)
     assert_same_everywhere(tensors_of(model, optimizer))
     assert_close(tensors_of(model, optimizer), tensors_of(alone, expected))
 
@@ -72,7 +76,7 @@ def draws_the_same(rank: int, make: Any, heads: bool) -> None:
     optimizer = make(model.parameters())
     replica = DistributedDataParallel(model)
     torch.manual_seed(rank)
-    for x in batches():
+    for x in batches(FEW):
         optimizer.zero_grad()
         optimizer.step(three_losses(replica, part(x, rank, 2)))
     assert_same_everywhere([*tensors_of(model, optimizer), optimizer.stats.weights])
@@ -80,7 +84,7 @@ def draws_the_same(rank: int, make: Any, heads: bool) -> None:
 
 def walks_back_once(rank: int, make: Any, through: bool, flags: dict[str, Any], heads: bool) -> None:
     def train(model: nn.Module, optimizer: Any, rank: int, world: int) -> None:
-        for x in batches():
+        for x in batches(FEW):
             optimizer.zero_grad()
             a, b = outputs(model, part(x, rank, world))
             losses = [a.square().mean(), (b - 1).abs().mean()]
@@ -113,7 +117,7 @@ def losses_come_and_go(rank: int, make: Any, flags: dict[str, Any]) -> None:
     model = student()
     optimizer = make(model.parameters())
     replica = DistributedDataParallel(model, **flags)
-    for step, x in enumerate(batches(20)):
+    for step, x in enumerate(batches(FEW)):
         expected.zero_grad()
         halves = [of(alone, part(x, r, 2), step, r) for r in range(2)]
         names = [name for name in ("task", "distill") if any(name in half for half in halves)]
@@ -130,7 +134,7 @@ def clips_and_scales(rank: int, make: Any, way: str) -> None:
     def train(model: nn.Module, optimizer: Any, rank: int, world: int) -> int:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=4)
         skipped = 0
-        for step, x in enumerate(batches(20)):
+        for step, x in enumerate(batches(FEW)):
             optimizer.zero_grad()
             losses = losses_of(model, part(x, rank, world))
             if step == 1 and rank == world - 1:
@@ -178,7 +182,7 @@ def foreign_gradients_are_averaged(rank: int, make: Any, when: str) -> None:
     model = student()
     optimizer = make(model.parameters())
     replica = DistributedDataParallel(model)
-    for x in batches(20):
+    for x in batches(FEW):
         expected.zero_grad()
         step(alone, expected, x, 0, 1)
         optimizer.zero_grad()
@@ -191,7 +195,7 @@ def without_a_wrapper(rank: int, make: Any) -> None:
     """Plain modules in several processes: the optimizer alone keeps them together."""
     alone, model = student(), student()
     expected, optimizer = make(alone.parameters(), process_group=None), make(model.parameters())
-    for x in batches():
+    for x in batches(FEW):
         expected.step(losses_of(alone, x))
         optimizer.step(losses_of(model, part(x, rank, 2)))
         expected.zero_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from distill_optim import DOTSGD, MoKDSGD, joint_loss
 from tests.distributed.ddp import refusal
 from tests.distributed.models import (
+    FEW,
     WAYS,
     assert_close,
     assert_same_everywhere,
@@ -45,24 +47,31 @@ def whole(tensors: list[Tensor]) -> list[Tensor]:
     return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
 
 
-def train(model: nn.Module, optimizer: Any, way: str, pieces: Callable[[Any], list[Any]]) -> None:
-    for x in batches():
+def train(model: nn.Module, optimizer: Any, way: str, pieces: Callable[[Any], list[Any]], steps: int) -> None:
+    for x in batches(steps):
         optimizer.zero_grad()
         WAYS[way](optimizer, model, pieces(x))
 
 
 def follows_one_process(
-    rank: int, make: Any, way: str, shape: tuple[int, ...], options: dict[str, Any], heads: bool, micro: int
+    rank: int,
+    make: Any,
+    way: str,
+    shape: tuple[int, ...] = (2,),
+    options: Mapping[str, Any] = MappingProxyType({}),
+    heads: bool = False,
+    micro: int = 1,
+    steps: int = FEW,
 ) -> None:
     world = distributed.get_world_size()
     alone = student(heads)
     expected = make(alone.parameters(), process_group=None)
-    train(alone, expected, way, lambda x: list(x.chunk(micro)))
+    train(alone, expected, way, lambda x: list(x.chunk(micro)), steps)
 
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     model = sharded(heads, mesh, **options)
     optimizer = make(model.parameters())
-    train(model, optimizer, way, lambda x: [part(piece, rank, world) for piece in x.chunk(micro)])
+    train(model, optimizer, way, lambda x: [part(piece, rank, world) for piece in x.chunk(micro)], steps)
     assert_close(whole(tensors_of(model, optimizer)), tensors_of(alone, expected))
     if optimizer.stats is not None:
         actual, wanted = optimizer.stats, expected.stats
@@ -90,7 +99,7 @@ def clips_and_scales(rank: int, make: Any, way: str) -> None:
     def train(model: nn.Module, optimizer: Any, rank: int, world: int) -> int:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=4)
         skipped = 0
-        for step, x in enumerate(batches(20)):
+        for step, x in enumerate(batches(FEW)):
             optimizer.zero_grad()
             losses = losses_of(model, part(x, rank, world))
             if step == 1 and rank == world - 1:
@@ -189,7 +198,7 @@ def loads(rank: int, make: Any, folder: str, flat: bool) -> None:
 
     alone = student(True)
     expected = make(alone.parameters(), process_group=None)
-    for step, x in enumerate(batches(20)):
+    for step, x in enumerate(batches(FEW)):
         expected.zero_grad()
         expected.step(losses_of(alone, x))
         if step >= SAVED_AFTER:

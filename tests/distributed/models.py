@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distill_optim import MultiLossClosure, joint_loss
 
-ROWS, STEPS = 8, 50
+ROWS, STEPS, FEW = 8, 50, 12
 
 # Sums of a few dozen float64 in another order, through 50 steps of networks that neither forget nor amplify them much.
 # The weights of MoKD divide by the square of the angle between gradients, which may be as small as 1e-3.

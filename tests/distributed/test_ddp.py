@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW
 from distill_optim import MoKDSGD, combine
 from tests.distributed import ddp
 from tests.distributed.ddp import FLAGS, OPTIMIZERS
-from tests.distributed.models import WAYS
+from tests.distributed.models import FEW, WAYS
 from tests.processes import Pool
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -24,14 +24,14 @@ every_flag = pytest.mark.parametrize("flags", FLAGS)
 @every_optimizer
 def test_replicas_are_one_process_on_the_joined_batch(pool: Pool, name: str, way: str, flags: str) -> None:
     """50 steps."""
-    pool.run(ddp.follows_one_process, OPTIMIZERS[name], way, FLAGS[flags], False, 1)
+    pool.run(ddp.follows_one_process, OPTIMIZERS[name], way, FLAGS[flags])
 
 
 @every_flag
 @pytest.mark.parametrize("way", ["list", "joint_loss"])
 @pytest.mark.parametrize("name", ["DOTSGD", "MoKDSGD"])
 def test_each_loss_may_miss_parameters(pool: Pool, name: str, way: str, flags: str) -> None:
-    pool.run(ddp.follows_one_process, OPTIMIZERS[name], way, FLAGS[flags], True, 1)
+    pool.run(ddp.follows_one_process, OPTIMIZERS[name], way, FLAGS[flags], True, 1, FEW)
 
 
 @every_flag
@@ -39,7 +39,7 @@ def test_each_loss_may_miss_parameters(pool: Pool, name: str, way: str, flags: s
 @pytest.mark.parametrize("way", ["backward", "joint_loss"])
 @pytest.mark.parametrize("name", ["DOTSGD", "MoKDSGD"])
 def test_micro_batches_with_and_without_no_sync(pool: Pool, name: str, way: str, heads: bool, flags: str) -> None:
-    pool.run(ddp.follows_one_process, OPTIMIZERS[name], way, FLAGS[flags], heads, 2)
+    pool.run(ddp.follows_one_process, OPTIMIZERS[name], way, FLAGS[flags], heads, 2, FEW)
 
 
 RULES: dict[str, Callable[..., Any]] = {

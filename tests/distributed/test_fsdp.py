@@ -11,7 +11,7 @@ import pytest
 from distill_optim import MoKDSGD
 from tests.distributed import fsdp
 from tests.distributed.ddp import OPTIMIZERS
-from tests.distributed.models import WAYS
+from tests.distributed.models import STEPS, WAYS
 from tests.processes import Pool
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -28,33 +28,33 @@ def four(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]
 @every_optimizer
 def test_shards_are_one_process_on_the_joined_batch(pool: Pool, name: str, way: str) -> None:
     """50 steps."""
-    pool.run(fsdp.follows_one_process, OPTIMIZERS[name], way, (2,), {}, False, 1)
+    pool.run(fsdp.follows_one_process, OPTIMIZERS[name], way, steps=STEPS)
 
 
 @pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize("way", ["backward", "joint_loss"])
 @pytest.mark.parametrize("name", ["DOTSGD", "MoKDSGD"])
 def test_micro_batches_and_losses_that_miss_parameters(pool: Pool, name: str, way: str, heads: bool) -> None:
-    pool.run(fsdp.follows_one_process, OPTIMIZERS[name], way, (2,), {}, heads, 2)
+    pool.run(fsdp.follows_one_process, OPTIMIZERS[name], way, heads=heads, micro=2)
 
 
 @pytest.mark.parametrize("way", ["list", "joint_loss"])
 @pytest.mark.parametrize("reshard", [True, False])
 def test_parameters_that_stay_whole_after_the_forward(pool: Pool, way: str, reshard: bool) -> None:
     options = {"reshard_after_forward": reshard}
-    pool.run(fsdp.follows_one_process, OPTIMIZERS["MoKDSGD"], way, (2,), options, False, 1)
+    pool.run(fsdp.follows_one_process, OPTIMIZERS["MoKDSGD"], way, options=options)
 
 
 @pytest.mark.parametrize("way", ["list", "joint_loss"])
 @every_optimizer
 def test_shards_that_are_replicated(four: Pool, name: str, way: str) -> None:
     """A mesh of 2 × 2: sharded over one dimension, copied along the other (HSDP)."""
-    four.run(fsdp.follows_one_process, OPTIMIZERS[name], way, (2, 2), {}, True, 1)
+    four.run(fsdp.follows_one_process, OPTIMIZERS[name], way, (2, 2), heads=True)
 
 
 @pytest.mark.parametrize("rule", ["famo", "uncertainty"])
 def test_methods_of_the_values_alone(pool: Pool, rule: str) -> None:
-    pool.run(fsdp.follows_one_process, partial(MoKDSGD, lr=0.05, combine=rule), "list", (2,), {}, True, 1)
+    pool.run(fsdp.follows_one_process, partial(MoKDSGD, lr=0.05, combine=rule), "list", heads=True)
 
 
 @pytest.mark.parametrize("rule", ["pcgrad", "gradvac", "random"])
