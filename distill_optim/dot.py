@@ -140,8 +140,8 @@ class DOTSGD(_DOT, SGD):
         momentums: momenta by name, in place of μ ∓ Δ, for some losses or all.
         gain: ``"paper"`` or ``"matched"``.
         maximize, foreach, differentiable, fused: as in ``torch.optim.SGD``.
-        process_group: ``"auto"`` or a group: several losses are refused while more than one process runs, because
-            their gradients are not averaged yet; None: the processes are taken as independent.
+        process_group: ``"auto"`` (all, where ``torch.distributed`` runs with more than one) or a group: the processes
+            that train one model, over which losses and gradients are averaged; None: they are independent.
 
     Raises:
         ValueError: for a value out of range; see also :meth:`step`.
@@ -262,8 +262,8 @@ class DOTAdamW(_DOT, AdamW):
         delta: Δ.
         beta1s: β₁ by name, in place of β₁ ∓ Δ, for some losses or all.
         maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.AdamW``.
-        process_group: ``"auto"`` or a group: several losses are refused while more than one process runs, because
-            their gradients are not averaged yet; None: the processes are taken as independent.
+        process_group: ``"auto"`` (all, where ``torch.distributed`` runs with more than one) or a group: the processes
+            that train one model, over which losses and gradients are averaged; None: they are independent.
 
     Raises:
         ValueError: for a value out of range; see also :meth:`step`.

@@ -429,8 +429,8 @@ class MoKDSGD(_MoKD, SGD):
         every: new weights in every so many steps; the steps between walk back the weighted sum, once. Methods of the
             loss values alone always do.
         maximize, foreach, differentiable, fused: as in ``torch.optim.SGD``.
-        process_group: ``"auto"`` or a group: several losses are refused while more than one process runs, because
-            their gradients are not averaged yet; None: the processes are taken as independent.
+        process_group: ``"auto"`` (all, where ``torch.distributed`` runs with more than one) or a group: the processes
+            that train one model, over which losses and gradients are averaged; None: they are independent.
 
     Raises:
         ValueError: for a value out of range; see also :meth:`step`.
@@ -501,8 +501,8 @@ class MoKDAdamW(_MoKD, AdamW):
         lr, betas, eps, weight_decay, amsgrad: as in ``torch.optim.AdamW``, on the combined gradient.
         losses, combine, dominance, rescale, every: as in :class:`MoKDSGD`.
         maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.AdamW``.
-        process_group: ``"auto"`` or a group: several losses are refused while more than one process runs, because
-            their gradients are not averaged yet; None: the processes are taken as independent.
+        process_group: ``"auto"`` (all, where ``torch.distributed`` runs with more than one) or a group: the processes
+            that train one model, over which losses and gradients are averaged; None: they are independent.
 
     Raises:
         ValueError: for a value out of range; see also :meth:`step`.

@@ -151,3 +151,31 @@ def test_the_package_is_typed() -> None:
     import distill_optim
 
     assert (Path(distill_optim.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"every": 3}, {"combine": "famo"}, {"combine": "gradvac", "dominance": "ema"}], ids=str
+)
+def test_a_flattened_state_dict_carries_everything(options: dict[str, Any]) -> None:
+    """As for distributed checkpoints: loaded into what an empty optimizer has, and training goes on identically."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    straight = student()
+    optimizer = MoKDSGD(straight.parameters(), lr=0.05, momentum=0.9, **options)
+    train(optimizer, straight, batches(10)[:5])
+    saved = copy.deepcopy(get_optimizer_state_dict(straight, optimizer, options=flat))
+
+    resumed = copy.deepcopy(straight)
+    other = MoKDSGD(resumed.parameters(), lr=7.0, momentum=0.9, **options)
+    empty = get_optimizer_state_dict(resumed, other, options=flat)
+    assert empty.keys() == saved.keys()
+    set_optimizer_state_dict(resumed, other, saved, options=flat)
+    for model, o in (straight, optimizer), (resumed, other):
+        train(o, model, batches(10)[5:])
+    assert_same_bits(straight.parameters(), resumed.parameters())
+    assert_same_tree(optimizer.state_dict(), other.state_dict())

@@ -14,6 +14,6 @@ def test_the_table_names_tests_that_exist() -> None:
     assert len(rows) > 20
     for row in rows:
         file = ""
-        for found, name in re.findall(r"`(\w+\.py)?::(\w+)`", row):
+        for found, name in re.findall(r"`([\w/]+\.py)?::(\w+)`", row):
             file = found or file
             assert f"def {name}(" in (HERE / file).read_text("utf-8"), f"{file}::{name}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -141,6 +141,26 @@ def gathers_once(rank: int, make: Any) -> None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+        optimizer.step()
+    assert_close(whole(tensors_of(model, optimizer)), tensors_of(alone, expected))
+
+
+def edits_one_shard(rank: int, make: Any) -> None:
+    """Noise on the first element of a parameter, which the first process holds."""
+    alone = student()
+    expected = make(alone.parameters(), process_group=None)
+    model = sharded(False, init_device_mesh("cpu", (2,)))
+    optimizer = make(model.parameters())
+    for x in batches(FEW):
+        expected.zero_grad()
+        expected.backward(losses_of(alone, x))
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(model, part(x, rank, 2)))
+        with torch.no_grad():
+            cast(Any, alone.a.weight.grad)[0, 0] += 1
+            if rank == 0:
+                model.a.weight.grad.to_local()[0, 0] += 1
+        expected.step()
         optimizer.step()
     assert_close(whole(tensors_of(model, optimizer)), tensors_of(alone, expected))
 

@@ -74,6 +74,11 @@ def test_parameters_that_stay_whole_between_the_passes(pool: Pool, name: str) ->
     pool.run(fsdp.gathers_once, OPTIMIZERS[name])
 
 
+@every_optimizer
+def test_an_edit_in_one_shard_is_one_of_the_parameter(pool: Pool, name: str) -> None:
+    pool.run(fsdp.edits_one_shard, OPTIMIZERS[name])
+
+
 def test_one_backward_pass_is_refused(pool: Pool) -> None:
     pool.run(fsdp.one_pass_is_refused)
 
