@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from distill_optim.gradients import (
@@ -285,6 +286,8 @@ class MultiLossOptimizer(Optimizer):
 
     # ---------------------------------------------------------------- what a subclass builds on
 
+    # Autograd's passes are no part of a compiled step, and sets of tensors are nothing that dynamo can trace.
+    @_disable_dynamo
     def _backward(
         self,
         losses: Losses,
