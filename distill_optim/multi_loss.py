@@ -48,8 +48,8 @@ class MultiLossOptimizer(Optimizer):
     _per_optimizer: ClassVar[tuple[str, ...]] = ("losses", "process_group")
 
     _stats: Stats | None = None
-    # The group that was asked for, what its processes have in common, and the processes.
-    _replicated: tuple[Any, object, Replicas | None] | None = None
+    # The group that was asked for, the parameters that its processes have in common, and the processes.
+    _replicated: tuple[Any, list[Tensor], Replicas | None] | None = None
 
     @property
     def stats(self) -> Stats | None:
@@ -380,11 +380,12 @@ class MultiLossOptimizer(Optimizer):
         if mesh is not None and group == "auto":
             return Sharded(mesh) if mesh.size() > 1 else None
         group = distributed.group.WORLD if group == "auto" else group
-        signature = (self._names, [(tuple(p.shape), p.dtype) for p in params])
-        if self._replicated is None or self._replicated[0] is not group or self._replicated[1] != signature:
+        known = self._replicated
+        if known is None or known[0] is not group or list(map(id, known[1])) != list(map(id, params)):
+            signature = (self._names, [(tuple(p.shape), p.dtype) for p in params])
             replicas = Replicas(group, signature) if distributed.get_world_size(group) > 1 else None
-            self._replicated = (group, signature, replicas)
-        return self._replicated[2]
+            known = self._replicated = (group, params, replicas)
+        return known[2]
 
     def _replicas(self) -> Replicas | None:
         """Those processes, if each holds all of the parameters."""

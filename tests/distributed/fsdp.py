@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from distill_optim import DOTSGD, MoKDSGD, joint_loss
+from distill_optim import DOTSGD, MoKDSGD
 from tests.distributed.ddp import refusal
 from tests.distributed.models import (
     FEW,
@@ -33,6 +33,7 @@ from tests.distributed.models import (
     part,
     student,
     tensors_of,
+    train_scaled,
 )
 
 
@@ -96,32 +97,12 @@ def draws_the_same(rank: int, make: Any) -> None:
 def clips_and_scales(rank: int, make: Any, way: str) -> None:
     """A gradient scaler and clipping between the phases; the second batch overflows in one loss, in one process."""
 
-    def train(model: nn.Module, optimizer: Any, rank: int, world: int) -> int:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=4)
-        skipped = 0
-        for step, x in enumerate(batches(FEW)):
-            optimizer.zero_grad()
-            losses = losses_of(model, part(x, rank, world))
-            if step == 1 and rank == world - 1:
-                losses[1] = losses[1] * torch.inf
-            if way == "joint_loss":
-                scaler.scale(joint_loss(losses, optimizer)).backward()
-            else:
-                optimizer.backward(losses, scaler=scaler)
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            scaler.step(optimizer)
-            before = scaler.get_scale()
-            scaler.update()
-            skipped += scaler.get_scale() < before
-        return skipped
-
     alone = student()
     expected = make(alone.parameters(), process_group=None)
-    assert train(alone, expected, 0, 1) == 1
+    assert train_scaled(alone, expected, way, 0, 1) == 1
     model = sharded(False, init_device_mesh("cpu", (2,)))
     optimizer = make(model.parameters())
-    assert train(model, optimizer, rank, 2) == 1
+    assert train_scaled(model, optimizer, way, rank, 2) == 1
     assert_close(whole(tensors_of(model, optimizer)), tensors_of(alone, expected))
 
 
