@@ -24,6 +24,10 @@ CASES = [
 ]
 
 
+# In 2.9 dynamo stops at a step's statistics.
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
@@ -36,6 +40,8 @@ def _fresh() -> Iterator[None]:
 @pytest.mark.parametrize(("cls", "backend", "way"), CASES)
 def test_a_compiled_step_is_the_step_and_is_compiled_once(cls: Any, backend: str, way: str) -> None:
     """Up to rounding; and a schedule that writes into the learning rate makes no new graph."""
+    if OLD and way != "plain":
+        pytest.skip("a compiled step over losses is for torch 2.11 and newer")
     seen = []
     for compiled in False, True:
         model, lr = student()[: 1 if backend == "inductor" else 3], torch.tensor(0.05)

@@ -103,7 +103,8 @@ def clips_and_scales(rank: int, make: Any, way: str) -> None:
     model = sharded(False, init_device_mesh("cpu", (2,)))
     optimizer = make(model.parameters())
     assert train_scaled(model, optimizer, way, rank, 2) == 1
-    assert_close(whole(tensors_of(model, optimizer)), tensors_of(alone, expected))
+    # torch 2.9 rounds the length of all sharded gradients together to float32.
+    assert_close(whole(tensors_of(model, optimizer)), tensors_of(alone, expected), atol=1e-6)
 
 
 def gathers_once(rank: int, make: Any) -> None:

@@ -146,6 +146,6 @@ def assert_same_everywhere(tensors: Sequence[Tensor]) -> None:
         assert torch.equal(first, tensor), f"off by {(first - tensor).abs().max():.3g}"
 
 
-def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], atol: float = ATOL) -> None:
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=RTOL, atol=ATOL)
+        torch.testing.assert_close(a, e, rtol=RTOL, atol=atol)
