@@ -143,7 +143,8 @@ def _taken_by_torch(cls: Any, kwargs: dict[str, Any], dtype: torch.dtype) -> boo
         return True
     p = torch.ones(3, 2, dtype=dtype, requires_grad=True)
     p.grad = torch.ones_like(p)
-    theirs = {name: value for name, value in kwargs.items() if name in torch.optim.AdamW([p]).defaults}
+    known = torch.optim.AdamW([p]).defaults.keys() - {"differentiable"}  # which would not step a leaf
+    theirs = {name: value for name, value in kwargs.items() if name in known}
     try:
         with torch.no_grad():
             torch.optim.AdamW([p], **theirs).step()
