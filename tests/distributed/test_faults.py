@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
@@ -30,10 +31,13 @@ def test_the_others_get_an_error_and_not_a_deadlock(tmp_path: Path, when: str) -
             process.start()
         for process in processes:
             process.join(TIMEOUT)
-        assert [process.exitcode for process in processes] == [1, 1]
         assert time.monotonic() - started < TIMEOUT / 2
+        assert processes[0].exitcode == 1
         assert pipes[0][0].recv() == "ArithmeticError"
-        assert pipes[1][0].recv() in ("RuntimeError", "DistBackendError")
+        # Where the wrapper has a reduction under way gloo sometimes ends the process itself.
+        assert processes[1].exitcode in (1, -signal.SIGABRT)
+        if processes[1].exitcode == 1:
+            assert pipes[1][0].recv() in ("RuntimeError", "DistBackendError")
     finally:
         for process in processes:
             process.kill()
