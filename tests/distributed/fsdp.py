@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from distill_optim import DOTSGD, MoKDSGD
 from tests.distributed.ddp import refusal
@@ -79,6 +80,24 @@ def follows_one_process(
         assert_close([actual.losses, actual.weights], [wanted.losses, wanted.weights])
         if wanted.gram is not None:  # methods of the values alone have none, where one pass does
             assert_close([actual.gram], [wanted.gram])
+
+
+def splits_layers_too(rank: int, make: Any, way: str) -> None:
+    """Four processes: the layers split over two (tensor parallel), and those shards over two that have other rows."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "layers"))
+    alone = student()
+    expected = make(alone.parameters(), process_group=None)
+    train(alone, expected, way, lambda x: [x], FEW)
+
+    model: Any = student()
+    plan = {"trunk.0": ColwiseParallel(), "a": RowwiseParallel()}
+    parallelize_module(model, mesh["layers"], plan)
+    fully_shard(model, mesh=mesh["rows"])
+    optimizer = make(model.parameters())
+    assert next(model.parameters()).device_mesh.ndim == 2
+    train(model, optimizer, way, lambda x: [part(x, mesh.get_local_rank("rows"), 2)], FEW)
+    assert_close(whole(tensors_of(model, optimizer)), tensors_of(alone, expected))
+    assert_close([optimizer.stats.losses, optimizer.stats.gram], [expected.stats.losses, expected.stats.gram])
 
 
 def draws_the_same(rank: int, make: Any) -> None:

@@ -52,6 +52,13 @@ def test_shards_that_are_replicated(four: Pool, name: str, way: str) -> None:
     four.run(fsdp.follows_one_process, OPTIMIZERS[name], way, (2, 2), heads=True)
 
 
+@pytest.mark.parametrize("way", ["list", "joint_loss"])
+@every_optimizer
+def test_layers_that_are_split_too(four: Pool, name: str, way: str) -> None:
+    """A mesh of 2 × 2: FSDP2 over one dimension, tensor parallel over the other."""
+    four.run(fsdp.splits_layers_too, OPTIMIZERS[name], way)
+
+
 @pytest.mark.parametrize("rule", ["famo", "uncertainty"])
 def test_methods_of_the_values_alone(pool: Pool, rule: str) -> None:
     pool.run(fsdp.follows_one_process, partial(MoKDSGD, lr=0.05, combine=rule), "list", heads=True)
