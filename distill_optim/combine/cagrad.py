@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distill_optim.combine.linalg import ROUNDING, largest_square, reciprocal, unit_rows
+from distill_optim.combine.linalg import ROUNDING, largest_square, reciprocal, slopes, unit_rows
 from distill_optim.combine.qp import (
     MAX_FACES,
     all_faces,
@@ -74,7 +74,7 @@ def cagrad(gram: Tensor, losses: Tensor | None = None, *, c: float = 0.5) -> Ten
     inverse, relative = reciprocal(lengths), gram / largest_square(gram)
     radius = c * relative.mean(-1).mean(-1).clamp_min(0).sqrt()[..., None]
     # In unit rows: z = y‖g‖, Cz + β − λs ≥ 0, zᵀCz = r².
-    beta = relative.mean(-1) * inverse
+    beta = slopes(relative, torch.full_like(lengths, 1 / gram.shape[-1])) * inverse
     s = inverse / inverse.amax(-1, keepdim=True)
     if gram.shape[-1] <= MAX_FACES:
         faces = all_faces(unit).expand(*gram.shape[:-2], -1, -1)

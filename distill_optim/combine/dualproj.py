@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distill_optim.combine.linalg import slopes
 from distill_optim.combine.qp import orthant_qp, share_alike
 from distill_optim.combine.rules import vector
 
@@ -46,7 +47,7 @@ def dualproj(
     """
     gram = gram.double()
     u = preferred(gram, preference)
-    return u + share_alike(gram, orthant_qp(gram, (gram @ u[..., None]).mT)[..., 0, :])
+    return u + share_alike(gram, orthant_qp(gram, slopes(gram, u)[..., None, :])[..., 0, :])
 
 
 def preferred(gram: Tensor, preference: Sequence[float] | Tensor | None) -> Tensor:

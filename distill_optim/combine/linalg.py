@@ -60,6 +60,28 @@ def reciprocal(lengths: Tensor) -> Tensor:
     return torch.where(lengths > 0, lengths, 1).reciprocal()
 
 
+def slopes(gram: Tensor, weights: Tensor) -> Tensor:
+    """Inner products of every gradient with the combination, G w; zero where all but rounding cancels.
+
+    What rounding leaves of a combination that vanishes is in no gradient's span, and nothing can be projected along it.
+
+    Args:
+        gram: shape (..., K, K).
+        weights: shape (..., K).
+
+    Returns:
+        Tensor of shape (..., K).
+
+    Example:
+        >>> gram = torch.tensor([[1.0, -3.0], [-3.0, 9.0]], dtype=torch.float64)
+        >>> slopes(gram, torch.tensor([0.3, 0.1], dtype=torch.float64))
+        tensor([0., 0.], dtype=torch.float64)
+    """
+    product = (gram @ weights[..., None])[..., 0]
+    terms = (gram.abs() @ weights.abs()[..., None])[..., 0]
+    return torch.where(product.abs() <= ROUNDING * terms, 0, product)
+
+
 def equal_projections(cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""The vector with the same inner product, 1, with all of K unit vectors :math:`u_i`, as their combination.
 

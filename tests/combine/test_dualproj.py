@@ -94,11 +94,12 @@ def test_vector_is_the_exact_one(rows: Tensor) -> None:
 def test_weights_are_no_larger_than_they_have_to_be(rows: Tensor) -> None:
     """Where a combination of the gradients vanishes, as much of it as one likes may be added: none should be.
 
-    The oracle's weights belong to independent gradients. The interior point of K > 8 has a share of what vanishes.
+    The oracle's weights belong to independent gradients. Solutions are ranked by their size in steps of 1024, so that
+    is what may be lost. The interior point of K > 8 has a share of what vanishes.
     """
     gram = gram_of(rows)
     least = reach(oracle(rows), gram)
-    assert reach(dualproj(gram), gram) <= (2 if len(rows) <= combine.qp.MAX_FACES else 1e6) * least
+    assert reach(dualproj(gram), gram) <= (1024 if len(rows) <= combine.qp.MAX_FACES else 1e6) * least
 
 
 @given(DISTINCT | ANY, st.data())
@@ -110,7 +111,12 @@ def test_without_a_conflict_it_is_the_preferred_combination(rows: Tensor, data: 
     assert torch.equal(dualproj(gram, preference=u), u)
 
 
+# No direction but 0 is without conflict; what rounding leaves of it was once projected again, and grew to 0.16.
+ONLY_ZERO = torch.tensor([[1, -1], [0, 0], [0, 0], [0, 0], [2, 3], [3, 1], [-1, 0]], dtype=torch.float64)
+
+
 @given(DISTINCT)
+@example(ONLY_ZERO)
 def test_projection_of_a_projection_is_itself(rows: Tensor) -> None:
     """The weights, taken as the preference, are a combination that conflicts with no loss already."""
     gram = gram_of(rows)
