@@ -82,7 +82,10 @@ class Replicas:
         reached = self.any([p in gradients and p not in without for p in params])
         sent: list[tuple[Any, Tensor, list[Tensor]]] = []
         for members in _buckets([p for p, any_has in zip(params, reached, strict=True) if any_has]):
-            parts = [_real(gradients[p]) if p in gradients else torch.zeros_like(_real(p)) for p in members]
+            dtype = _grad_dtype(members[0])
+            parts = [
+                _real(gradients[p].to(dtype) if p in gradients else torch.zeros_like(p, dtype=dtype)) for p in members
+            ]
             flat = torch.cat([part.reshape(-1) for part in parts])
             # Before the sum, which in half precision may not have the range.
             work = distributed.all_reduce(flat.div_(self.size), group=self.group, async_op=True)
@@ -131,18 +134,28 @@ def _broadcast(tensors: Sequence[Tensor], groups: Sequence[Any]) -> list[Tensor]
 
 
 def _buckets(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of one device and dtype, up to so many bytes."""
+    """Parameters of one device and dtype of gradients, up to so many bytes."""
     members: list[Tensor] = []
     filled = 0
-    for p in sorted(params, key=lambda p: (str(p.device), str(p.dtype))):
+    for p in sorted(params, key=_kind):
         size = p.numel() * p.element_size()
-        if members and (p.device != members[0].device or p.dtype != members[0].dtype or filled + size > _BUCKET):
+        if members and (_kind(p) != _kind(members[0]) or filled + size > _BUCKET):
             yield members
             members, filled = [], 0
         members.append(p)
         filled += size
     if members:
         yield members
+
+
+def _kind(p: Tensor) -> tuple[str, str]:
+    return str(p.device), str(_grad_dtype(p))
+
+
+def _grad_dtype(p: Tensor) -> torch.dtype:
+    """As autograd will have it, known also where there is no gradient; torch 2.9 has it that of the parameter."""
+    dtype: torch.dtype = getattr(p, "grad_dtype", None) or p.dtype
+    return dtype
 
 
 def _shaped(piece: Tensor, p: Tensor) -> Tensor:

@@ -287,20 +287,30 @@ def in_large_buckets(rank: int) -> None:
         ((2_000_000,), torch.float32),
         ((3, 5), torch.complex64),
         ((), torch.float64),
+        ((3,), torch.float32),
         ((2, 3, 4, 5), torch.float32),
+        ((6,), torch.float32),
     ]
     params: list[Tensor] = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in shapes]
-    params[-1] = nn.Parameter(params[-1].detach().to(memory_format=torch.channels_last))
+    complex_, none, channels_last, low = params[3], params[5], params[6], params[7]
+    params[6] = channels_last = nn.Parameter(channels_last.detach().to(memory_format=torch.channels_last))
+    assert not channels_last.is_contiguous()
     gradients = {p: torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in params}
+    if hasattr(low, "grad_dtype"):  # since torch 2.10
+        low.grad_dtype = torch.bfloat16
+        gradients[low] = gradients[low].bfloat16()
     if rank == 1:
-        del gradients[params[1]], gradients[params[4]]
-    del gradients[params[3]]
+        for p in params[1], params[4], low:
+            del gradients[p]
+    del gradients[none]
     replicas = Replicas(distributed.group.WORLD, None)
     averages = replicas.average(gradients, params)()
-    assert set(averages) == {p for i, p in enumerate(params) if i != 3}
+    assert set(averages) == set(params) - {none}
     for p, average in averages.items():
-        expected = gradients.get(p, torch.zeros_like(p)).detach().clone() / 2
-        distributed.all_reduce(expected)
+        dtype = averages[p].dtype
+        assert dtype == getattr(p, "grad_dtype", p.dtype)
+        expected = gradients.get(p, torch.zeros_like(p, dtype=dtype)).detach().clone() / 2
+        distributed.all_reduce(torch.view_as_real(expected) if p is complex_ else expected)
         assert torch.equal(average, expected)
         assert average.stride() == p.stride()
 
