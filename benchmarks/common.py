@@ -95,7 +95,7 @@ def seconds(contender: Contender, device: torch.device) -> float:
         contender.run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
     if device.type != "cpu":
         torch.accelerator.synchronize()
     begin = time.perf_counter()

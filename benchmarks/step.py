@@ -47,12 +47,13 @@ class Gradients:
 
     def sum_up(self) -> None:
         """Leaves what the backward passes would leave, in memory that is there already if it is."""
-        for n, p in enumerate(self.params):
+        for p in self.params:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            p.grad.copy_(self.each[0][n])
+        grads = [p.grad for p in self.params if p.grad is not None]
+        torch._foreach_copy_(grads, self.each[0])
         for own in self.each[1:]:
-            torch._foreach_add_([p.grad for p in self.params], own)
+            torch._foreach_add_(grads, own)
 
     def by_loss(self) -> dict[int, dict[Tensor, Tensor]]:
         return {i: dict(zip(self.params, own, strict=True)) for i, own in enumerate(self.each)}
@@ -72,13 +73,15 @@ def contenders(gradients: Gradients, *, compiled: bool) -> list[Contender]:
     params, each, k = gradients.params, gradients.each, len(gradients.each)
     heavy: dict[str, Any] = {"lr": LR, "momentum": 0.9}
     light: dict[str, Any] = {"lr": LR}
-    paths: dict[str, dict[str, bool]] = {"fused": {"fused": True}, "foreach": {"foreach": True}}
+    paths: dict[str, dict[str, Any]] = {"fused": {"fused": True}, "foreach": {"foreach": True}}
     paths["for-loop"] = {"foreach": False}
     found = []
 
     # Words: read the gradient, read and write buffers and parameter.
     for path, flags in paths.items():
-        found.append(Contender(f"torch SGD on the sum, {path}", torch.optim.SGD(params, **heavy, **flags).step, words=5))
+        found.append(
+            Contender(f"torch SGD on the sum, {path}", torch.optim.SGD(params, **heavy, **flags).step, words=5)
+        )
     found.append(Contender("K bare fused SGD calls", bare(params, each), words=3 * k + 2))
     if k == 2:
         authors = AuthorsDOT(params, **heavy)
@@ -94,7 +97,9 @@ def contenders(gradients: Gradients, *, compiled: bool) -> list[Contender]:
     found.append(collect(gradients))
 
     for path, flags in paths.items():
-        found.append(Contender(f"torch AdamW on the sum, {path}", torch.optim.AdamW(params, **light, **flags).step, words=7))
+        found.append(
+            Contender(f"torch AdamW on the sum, {path}", torch.optim.AdamW(params, **light, **flags).step, words=7)
+        )
     for path in ("foreach", "for-loop"):
         dot_adamw = DOTAdamW(params, losses=k, **light, **paths[path])
         found.append(update(f"DOTAdamW update, {path}", dot_adamw, gradients, 3 * k + 4))
@@ -117,21 +122,24 @@ def bare(params: Sequence[Tensor], each: Sequence[list[Tensor]]) -> Callable[[],
     momenta = [0.825] + [0.975] * (len(each) - 1)
     target = [p.detach() for p in params]
     options: dict[str, Any] = {"weight_decay": 0.0, "lr": LR, "dampening": 0.0}
-    flags = {"nesterov": False, "maximize": False, "is_first_step": False}
+    options |= {"nesterov": False, "maximize": False, "is_first_step": False}
 
     def run() -> None:
         for grads, own, momentum in zip(each, buffers, momenta, strict=True):
-            torch._fused_sgd_(target, grads, own, momentum=momentum, **options, **flags)
+            torch._fused_sgd_(target, grads, own, momentum=momentum, **options)
 
     return run
 
 
 def update(name: str, optimizer: Any, gradients: Gradients, words: int) -> Contender:
+    def prepare() -> None:
+        optimizer._collected = gradients.collected()
+
     def run() -> None:
         with torch.no_grad():
-            optimizer._update(gradients.collected())
+            optimizer._update(optimizer._collected)
 
-    return Contender(name, run, words=words)
+    return Contender(name, run, prepare, words)
 
 
 def after_backward(name: str, optimizer: Any, gradients: Gradients, words: int) -> Contender:
@@ -147,13 +155,16 @@ def after_backward(name: str, optimizer: Any, gradients: Gradients, words: int) 
 def collect(gradients: Gradients) -> Contender:
     """The sum into .grad: where autograd is handed K losses one by one, it does this itself."""
 
+    collected: list[Collected] = []
+
     def prepare() -> None:
+        collected[:] = [Collected(len(gradients.each))]
         for p in gradients.params:
             p.grad = None
 
     def run() -> None:
         with torch.no_grad():
-            Collected(len(gradients.each)).add(gradients.by_loss(), {}, gradients.values())
+            collected[0].add(gradients.by_loss(), {}, gradients.values())
 
     return Contender("collect", run, prepare, words=len(gradients.each) + 1)
 
@@ -172,7 +183,7 @@ def peers(gradients: Gradients, heavy: dict[str, Any]) -> list[Contender]:
         def prepare() -> None:
             for p, *own in zip(params, *gradients.each, strict=True):
                 p.grad = None
-                p.jac = torch.stack(own)  # type: ignore[attr-defined]  # where TorchJD keeps it
+                p.jac = torch.stack(own)
 
         def run() -> None:
             jac_to_grad(params, mgda)
@@ -187,7 +198,8 @@ def measure(name: str, k: int, options: argparse.Namespace) -> list[Row]:
     size = sum(p.numel() for p in gradients.params) * gradients.params[0].element_size()
     gradients.sum_up()
     whole = torch.empty(size, dtype=torch.uint8, device=options.device)
-    copy = Contender("a copy of one set", lambda other=torch.empty_like(whole): whole.copy_(other), words=2)
+    other = torch.empty_like(whole)
+    copy = Contender("a copy of one set", lambda: whole.copy_(other), words=2)
     running = [*common.pick(contenders(gradients, compiled=options.compile), options), copy]
 
     def guarded(contender: Contender) -> Contender:
@@ -203,7 +215,12 @@ def measure(name: str, k: int, options: argparse.Namespace) -> list[Row]:
 
     running = [guarded(c) for c in running]
     taken = common.race(running, options.device, options.rounds, refresh=gradients.draw)
-    case = {"set": name, "tensors": len(gradients.params), "parameters": size // gradients.params[0].element_size(), "K": k}
+    case = {
+        "set": name,
+        "tensors": len(gradients.params),
+        "parameters": size // gradients.params[0].element_size(),
+        "K": k,
+    }
     rows = common.rows_of(case, running, taken, common.references(running, options))
     for row, contender in zip(rows, running, strict=True):
         assert contender.words is not None

@@ -1,53 +1,47 @@
 """A whole training step with K losses, relative to forward + K separate backward passes + SGD step in the same run.
 
-    python -m benchmarks.step --losses 2 4 8
+    python -m benchmarks train --students conv mlp --losses 2 4 8
 
-Every contender is timed in turn in every round, so that whatever else the machine does falls on all alike; the table
+Every contender takes one step in every round, so that whatever else the machine does falls on all alike; the table
 has the median of the rounds' ratios and their quartiles. Peers are timed where they are installed (extra ``bench``).
+The rows without an update tell where the time goes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import common
+from benchmarks.common import Contender, Row
+from benchmarks.models import STUDENTS, losses_of
 from distill_optim import DOTSGD, DOTAdamW, MoKDAdamW, MoKDSGD
 
 Step = Callable[[], object]
 
 
-def conv_net(classes: int = 10) -> nn.Sequential:
-    """Nine convolutions with batch norm, 1.25 M parameters, for 32 × 32 images."""
+def contenders(student: Callable[[], nn.Module], k: int, options: argparse.Namespace) -> list[Contender]:
+    device, dtype = options.device, options.dtype
+    x = torch.randn(options.batch, 3, 32, 32, device=device, dtype=dtype)
 
-    def block(i: int, o: int, stride: int) -> list[nn.Module]:
-        return [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-
-    widths = [(3, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2),
-              (256, 256, 1), (256, 32, 1)]  # fmt: skip
-    return nn.Sequential(*(m for w in widths for m in block(*w)), nn.Flatten(), nn.Linear(32 * 16, classes))
-
-
-def losses_of(logits: Tensor, k: int) -> list[Tensor]:
-    """K losses of the logits whose gradients differ."""
-    log_p = logits.log_softmax(1)
-    return [-log_p[:, i % log_p.shape[1]].mean() + (0.01 * i) * logits.square().mean() for i in range(k)]
-
-
-def contenders(k: int, batch: int, device: str, dtype: torch.dtype) -> dict[str, Step]:
-    x = torch.randn(batch, 3, 32, 32, device=device, dtype=dtype)
-
-    def model() -> nn.Sequential:
+    def model() -> nn.Module:
         torch.manual_seed(0)
-        return conv_net().to(device, dtype)
+        return student().to(device, dtype)
+
+    def passes(backward: bool) -> Step:
+        net = model()
+
+        def step() -> None:
+            losses = losses_of(net(x), k)
+            net.zero_grad()
+            for i, loss in enumerate(losses if backward else []):
+                loss.backward(retain_graph=i < k - 1)
+
+        return step
 
     def plain(total: bool, make: Any = torch.optim.SGD, **options: Any) -> Step:
         net = model()
@@ -83,6 +77,8 @@ def contenders(k: int, batch: int, device: str, dtype: torch.dtype) -> dict[str,
     heavy: dict[str, Any] = {"momentum": 0.9}
     steps = {
         "forward, K backward passes, SGD": plain(False, **heavy),
+        "forward alone": passes(False),
+        "forward, K backward passes, no update": passes(True),
         "summed loss, SGD": plain(True, **heavy),
         "DOTSGD": ours(DOTSGD, **heavy),
         "DOTSGD, fused": ours(DOTSGD, fused=True, **heavy),
@@ -91,12 +87,20 @@ def contenders(k: int, batch: int, device: str, dtype: torch.dtype) -> dict[str,
         "MoKDSGD, backward then step": ours(MoKDSGD, two_phases=True, **heavy),
         "MoKDAdamW": ours(MoKDAdamW),
         "MoKDSGD, through=logits": ours(MoKDSGD, through=True, **heavy),
-        "MoKDSGD, every=4 (mean of 4)": ours(MoKDSGD, every=4, **heavy),
+        "MoKDSGD, 4 steps of every=4": fourfold(ours(MoKDSGD, every=4, **heavy)),
     }
-    return steps | peers(k, x, model)
+    return [Contender(name, step) for name, step in (steps | peers(k, x, model)).items()]
 
 
-def peers(k: int, x: Tensor, model: Callable[[], nn.Sequential]) -> dict[str, Step]:
+def fourfold(step: Step) -> Step:
+    def four() -> None:
+        for _ in range(4):
+            step()
+
+    return four
+
+
+def peers(k: int, x: Tensor, model: Callable[[], nn.Module]) -> dict[str, Step]:
     found: dict[str, Step] = {}
     try:
         from torchjd.aggregation import MGDA, UPGrad
@@ -127,7 +131,7 @@ def peers(k: int, x: Tensor, model: Callable[[], nn.Sequential]) -> dict[str, St
         pass
     else:
         net = model()
-        pcgrad = PCGrad(torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9))
+        pcgrad: Any = PCGrad(torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9))
 
         def step() -> None:
             pcgrad.zero_grad()
@@ -138,56 +142,36 @@ def peers(k: int, x: Tensor, model: Callable[[], nn.Sequential]) -> dict[str, St
     return found
 
 
-def seconds(step: Step, device: str, times: int) -> float:
-    start = time.perf_counter()
-    for _ in range(times):
-        step()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return (time.perf_counter() - start) / times
-
-
-def measure(k: int, batch: int, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
-    steps = contenders(k, batch, device, dtype)
-    reference = next(iter(steps))
-    for step in steps.values():
-        seconds(step, device, 4)
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            taken[name].append(seconds(step, device, 4))
-    rows = []
-    for name, times in taken.items():
-        ratios = [t / r for t, r in zip(times, taken[reference], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        rows.append({"losses": k, "contender": name, "ratio": middle, "quartiles": [low, high],
-                     "milliseconds": 1e3 * statistics.median(times)})  # fmt: skip
+def measure(student: str, k: int, options: argparse.Namespace) -> list[Row]:
+    running = common.pick(contenders(STUDENTS[student], k, options), options)
+    taken = common.race(running, options.device, options.rounds, warm_up=4)
+    rows = common.rows_of({"student": student, "K": k}, running, taken, common.references(running, options))
+    common.profile(running, options, f"{student}, K = {k}")
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__, rounds=40)
+    parser.add_argument("--students", nargs="+", default=["conv"], choices=STUDENTS, metavar="STUDENT",
+                        help=f"{', '.join(STUDENTS)}")  # fmt: skip
     parser.add_argument("--losses", type=int, nargs="+", default=[2, 4, 8], help="numbers of losses K")
     parser.add_argument("--batch", type=int, default=32, help="images in a batch")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds, of 4 steps of each contender")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16"])
-    parser.add_argument("--json", type=Path, help="where to write all numbers")
-    options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for k in options.losses:
-        rows += measure(k, options.batch, options.device, getattr(torch, options.dtype), options.rounds)
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    print("| step, relative to the first row | " + " | ".join(f"K = {k}" for k in options.losses) + " |")
-    print("|---|" + "---|" * len(options.losses))
-    for name in names:
-        cells = [f"{r['ratio']:.2f} ({r['quartiles'][0]:.2f}–{r['quartiles'][1]:.2f})" for r in rows
-                 if r["contender"] == name]  # fmt: skip
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    if options.json:
-        about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine(),
-                 "threads": torch.get_num_threads(), "device": options.device, "dtype": options.dtype}  # fmt: skip
-        options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1), "utf-8")
+    options = common.parse(parser, arguments)
+    rows: list[Row] = []
+    for student in options.students:
+        found = [row for k in options.losses for row in measure(student, k, options)]
+        for to in found[0]["ratios"]:
+            print(f"\n{student}, relative to “{to}”\n")
+            names = list(dict.fromkeys(row["contender"] for row in found))
+            cells = [
+                [name, *(common.number(row["ratios"][to]) for row in found if row["contender"] == name)]
+                for name in names
+            ]
+            print(common.table(["step", *(f"K = {k}" for k in options.losses)], cells), flush=True)
+        first = [row for row in found if row["contender"] == found[0]["contender"]]
+        print("\nms of the first row: " + ", ".join(common.milliseconds(row["milliseconds"]) for row in first))
+        rows += found
+    common.finish(rows, options, lambda row: f"{row['student']}, K = {row['K']}", rows[0]["contender"])
 
 
 if __name__ == "__main__":
