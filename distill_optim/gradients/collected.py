@@ -131,19 +131,19 @@ class Collected:
         factors = torch.where(legible, now / then, torch.where(legible.any(), common.sqrt(), 1))
         residuals = column(self._residuals(params, grads, factors.unbind()))
         followed = residuals <= rounding * (now + factors * parts)
-        owns = [[own[p] for own in self.gradients if p in own] for p in params]
+        reaching = [[own[p] for own in self.gradients if p in own] for p in params]
         # Taken apart once: to index a tensor costs more than the arithmetic on a small gradient.
-        portions = {n: torch.full((), 1 / n, dtype=torch.float64, device=home) for n in set(map(len, owns))}
+        portions = {n: torch.full((), 1 / n, dtype=torch.float64, device=home) for n in set(map(len, reaching))}
         shares = {n: torch.where(followed, 1, portion).unbind() for n, portion in portions.items()}
         numbers = zip(factors.unbind(), followed.unbind(), strict=True)
-        for n, (p, own, (factor, same)) in enumerate(zip(params, owns, numbers, strict=True)):
+        for n, (p, gradients, (factor, same)) in enumerate(zip(params, reaching, numbers, strict=True)):
             grad = local(grads[p])[0]
-            for gradient in (local(g)[0] for g in own):
+            for gradient in (local(g)[0] for g in gradients):
                 # In place, and not by products alone: what is to be forgotten may be infinite.
                 gradient.mul_(factor)
                 torch.where(same, gradient, grad, out=gradient)
-                if len(own) > 1:
-                    gradient.mul_(shares[len(own)][n])
+                if len(gradients) > 1:
+                    gradient.mul_(shares[len(gradients)][n])
         afresh = (now == 0).all()
         self.values = {i: torch.where(afresh.to(v.device), 0, v) for i, v in self.values.items()}
         self._joint_calls = torch.where(afresh, 0, self._joint_calls)
