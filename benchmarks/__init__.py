@@ -1,1 +1,1 @@
-"""Measurements. Each script is a command of its own: ``python -m benchmarks.step --help``."""
+"""Measurements for whoever wonders what a step costs: ``python -m benchmarks --help``."""

@@ -1,6 +1,6 @@
 """Every combination method beside TorchJD's: time per call, reads on the host, distance from the exact direction.
 
-    python -m benchmarks.combine
+    python -m benchmarks combine
 
 Gradients are Gaussian rows of length 2K, with norms from 0.1 to 10, so that some of them conflict. The exact direction
 is that of the oracles in tests/reference, which work from the gradients themselves; the distance is that of the two

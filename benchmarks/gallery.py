@@ -1,6 +1,6 @@
 """Pictures of what every method makes of two or three gradients, and of the ways it takes on a toy problem.
 
-    python -m benchmarks.gallery
+    python -m benchmarks gallery
 
 Writes the pictures of ``docs/gallery.md`` and ``toy.json``, and prints where the ways end as a table. The ways are
 taken by the real optimizer, one step after another, which is what the time goes into.
@@ -396,13 +396,13 @@ def legend(figure: Figure, handles: Sequence[Any], columns: int) -> None:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/_static/gallery"), help="folder of what is written")
     parser.add_argument("--steps", type=int, default=700, help="of every way (the papers: 35000 to 100000)")
     parser.add_argument("--lr", type=float, default=0.03, help="learning rate of the ways (the papers: 0.001)")
     parser.add_argument("--scale", type=float, default=0.1, help="factor of the toy problem's first loss (CAGrad: 1)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # systems of this size gain nothing from more
     options.out.mkdir(parents=True, exist_ok=True)
     for configuration in CONFIGURATIONS:

@@ -1,6 +1,6 @@
 """How near min-norm solvers come to the optimum, and what they cost; with TorchJD's where it is installed.
 
-    python -m benchmarks.min_norm
+    python -m benchmarks min_norm
 
 The optimum is that of SciPy's non-negative least squares. "hurt" counts the draws in which the direction found has a
 negative inner product with some gradient, which the optimum never has.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -53,11 +53,11 @@ def solvers() -> dict[str, Callable[[Tensor], Tensor]]:
     return found | {"TorchJD MGDA": MGDAWeighting()}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", type=int, nargs="+", default=[2, 4, 8, 10, 32])
     parser.add_argument("--draws", type=int, default=20)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # systems of this size gain nothing from more
     print("| K | gradients | solver | ‖g‖² over the optimum, median (worst) | hurt | ms per call |")
     print("|---|---|---|---|---|---|")

@@ -1,193 +1,263 @@
-"""A whole training step with K losses, relative to forward + K separate backward passes + SGD step in the same run.
+"""The update alone: one step from gradients that are there, beside torch's, the DOT authors' and others.
 
-    python -m benchmarks.step --losses 2 4 8
+    python -m benchmarks step --sets resnet18 330 1600 --losses 2 --against "authors" "bare"
 
-Every contender is timed in turn in every round, so that whatever else the machine does falls on all alike; the table
-has the median of the rounds' ratios and their quartiles. Peers are timed where they are installed (extra ``bench``).
+Gradients are drawn anew in every round. "update" is what step(losses) does after its backward passes; "step() after
+backward()" also looks at what was done to .grad in between; "collect" is what follows the backward passes in both. GB/s
+is of the words that the equations need at least, whatever the code moves, so that all rows of one equation compare;
+the last column sets it beside a copy of one set of gradients in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks import common
+from benchmarks.common import Contender, Row
+from benchmarks.dot_authors import AuthorsDOT
+from benchmarks.models import SETS, Shape, shapes_of
 from distill_optim import DOTSGD, DOTAdamW, MoKDAdamW, MoKDSGD
+from distill_optim.gradients import Collected
 
-Step = Callable[[], object]
-
-
-def conv_net(classes: int = 10) -> nn.Sequential:
-    """Nine convolutions with batch norm, 1.25 M parameters, for 32 × 32 images."""
-
-    def block(i: int, o: int, stride: int) -> list[nn.Module]:
-        return [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-
-    widths = [(3, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2),
-              (256, 256, 1), (256, 32, 1)]  # fmt: skip
-    return nn.Sequential(*(m for w in widths for m in block(*w)), nn.Flatten(), nn.Linear(32 * 16, classes))
+# The learning rate is too small to matter: the parameters are the same tensors for all contenders.
+LR = 1e-6
 
 
-def losses_of(logits: Tensor, k: int) -> list[Tensor]:
-    """K losses of the logits whose gradients differ."""
-    log_p = logits.log_softmax(1)
-    return [-log_p[:, i % log_p.shape[1]].mean() + (0.01 * i) * logits.square().mean() for i in range(k)]
+class Gradients:
+    """Parameters, K gradients of each, and their sum in ``.grad``."""
+
+    def __init__(self, shapes: Sequence[Shape], k: int, device: torch.device, dtype: torch.dtype) -> None:
+        def zeros() -> list[Tensor]:
+            return [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+
+        self.params = [torch.nn.Parameter(p) for p in zeros()]
+        self.each = [zeros() for _ in range(k)]
+        self.draw()
+
+    def draw(self) -> None:
+        """Fresh numbers in the same memory."""
+        for own in self.each:
+            for gradient in own:
+                gradient.normal_()
+
+    def sum_up(self) -> None:
+        """Leaves what the backward passes would leave, in memory that is there already if it is."""
+        for p in self.params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in self.params if p.grad is not None]
+        torch._foreach_copy_(grads, self.each[0])
+        for own in self.each[1:]:
+            torch._foreach_add_(grads, own)
+
+    def by_loss(self) -> dict[int, dict[Tensor, Tensor]]:
+        return {i: dict(zip(self.params, own, strict=True)) for i, own in enumerate(self.each)}
+
+    def collected(self) -> Collected:
+        """As they are when an optimizer has walked the losses back."""
+        made = Collected(len(self.each))
+        made.gradients = list(self.by_loss().values())
+        made.values = self.values()
+        return made
+
+    def values(self) -> dict[int, Tensor]:
+        return {i: torch.ones((), device=self.params[0].device) for i in range(len(self.each))}
 
 
-def contenders(k: int, batch: int, device: str, dtype: torch.dtype) -> dict[str, Step]:
-    x = torch.randn(batch, 3, 32, 32, device=device, dtype=dtype)
+def contenders(gradients: Gradients, *, compiled: bool) -> list[Contender]:
+    params, each, k = gradients.params, gradients.each, len(gradients.each)
+    heavy: dict[str, Any] = {"lr": LR, "momentum": 0.9}
+    light: dict[str, Any] = {"lr": LR}
+    paths: dict[str, dict[str, Any]] = {"fused": {"fused": True}, "foreach": {"foreach": True}}
+    paths["for-loop"] = {"foreach": False}
+    found = []
 
-    def model() -> nn.Sequential:
-        torch.manual_seed(0)
-        return conv_net().to(device, dtype)
+    # Words: read the gradient, read and write buffers and parameter.
+    for path, flags in paths.items():
+        found.append(
+            Contender(f"torch SGD on the sum, {path}", torch.optim.SGD(params, **heavy, **flags).step, words=5)
+        )
+    found.append(Contender("K bare fused SGD calls", bare(params, each), words=3 * k + 2))
+    if k == 2:
+        authors = AuthorsDOT(params, **heavy)
+        found.append(Contender("the DOT authors' loop", lambda: authors.step(*each), words=3 * k + 2))
+    for path, flags in paths.items():
+        found.append(update(f"DOTSGD update, {path}", DOTSGD(params, losses=k, **heavy, **flags), gradients, 3 * k + 2))
+    dot = DOTSGD(params, losses=k, fused=True, **heavy)
+    found.append(after_backward("DOTSGD step() after backward(), fused", dot, gradients, 3 * k + 2))
+    mokd = MoKDSGD(params, losses=k, fused=True, **heavy)
+    found.append(update("MoKDSGD update, fused", mokd, gradients, 2 * k + 4))
+    mokd = MoKDSGD(params, losses=k, foreach=True, **heavy)
+    found.append(update("MoKDSGD update, foreach", mokd, gradients, 2 * k + 4))
+    found.append(collect(gradients))
 
-    def plain(total: bool, make: Any = torch.optim.SGD, **options: Any) -> Step:
-        net = model()
-        optimizer = make(net.parameters(), lr=1e-3, **options)
+    for path, flags in paths.items():
+        found.append(
+            Contender(f"torch AdamW on the sum, {path}", torch.optim.AdamW(params, **light, **flags).step, words=7)
+        )
+    for path in ("foreach", "for-loop"):
+        dot_adamw = DOTAdamW(params, losses=k, **light, **paths[path])
+        found.append(update(f"DOTAdamW update, {path}", dot_adamw, gradients, 3 * k + 4))
+    mokd_adamw = MoKDAdamW(params, losses=k, fused=True, **light)
+    found.append(update("MoKDAdamW update, fused", mokd_adamw, gradients, 2 * k + 6))
 
-        def step() -> None:
-            optimizer.zero_grad()
-            losses = losses_of(net(x), k)
-            if total:
-                torch.stack(losses).sum().backward()
-            else:
-                for i, loss in enumerate(losses):
-                    loss.backward(retain_graph=i < k - 1)
-            optimizer.step()
-
-        return step
-
-    def ours(make: Any, through: bool = False, two_phases: bool = False, **options: Any) -> Step:
-        net = model()
-        optimizer = make(net.parameters(), lr=1e-3, losses=k, **options)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            logits = net(x)
-            if two_phases:
-                optimizer.backward(losses_of(logits, k))
-                optimizer.step()
-            else:
-                optimizer.step(losses_of(logits, k), through=logits if through else None)
-
-        return step
-
-    heavy: dict[str, Any] = {"momentum": 0.9}
-    steps = {
-        "forward, K backward passes, SGD": plain(False, **heavy),
-        "summed loss, SGD": plain(True, **heavy),
-        "DOTSGD": ours(DOTSGD, **heavy),
-        "DOTSGD, fused": ours(DOTSGD, fused=True, **heavy),
-        "DOTAdamW": ours(DOTAdamW),
-        "MoKDSGD": ours(MoKDSGD, **heavy),
-        "MoKDSGD, backward then step": ours(MoKDSGD, two_phases=True, **heavy),
-        "MoKDAdamW": ours(MoKDAdamW),
-        "MoKDSGD, through=logits": ours(MoKDSGD, through=True, **heavy),
-        "MoKDSGD, every=4 (mean of 4)": ours(MoKDSGD, every=4, **heavy),
-    }
-    return steps | peers(k, x, model)
+    if compiled:
+        sgd, adamw = (make(params, lr=torch.tensor(LR), **flags) for make, flags in COMPILED)
+        found.append(Contender("torch SGD on the sum, compiled", torch.compile(sgd.step), words=5))
+        found.append(Contender("torch AdamW on the sum, compiled", torch.compile(adamw.step), words=7))
+    return found + peers(gradients, heavy)
 
 
-def peers(k: int, x: Tensor, model: Callable[[], nn.Sequential]) -> dict[str, Step]:
-    found: dict[str, Step] = {}
+COMPILED: list[tuple[Any, dict[str, Any]]] = [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})]
+
+
+def bare(params: Sequence[Tensor], each: Sequence[list[Tensor]]) -> Callable[[], None]:
+    """The least that torch's own kernels do it in: one call per loss."""
+    buffers = [[torch.zeros_like(p) for p in params] for _ in each]
+    momenta = [0.825] + [0.975] * (len(each) - 1)
+    target = [p.detach() for p in params]
+    options: dict[str, Any] = {"weight_decay": 0.0, "lr": LR, "dampening": 0.0}
+    options |= {"nesterov": False, "maximize": False, "is_first_step": False}
+
+    def run() -> None:
+        for grads, own, momentum in zip(each, buffers, momenta, strict=True):
+            torch._fused_sgd_(target, grads, own, momentum=momentum, **options)
+
+    return run
+
+
+def update(name: str, optimizer: Any, gradients: Gradients, words: int) -> Contender:
+    def prepare() -> None:
+        optimizer._collected = gradients.collected()
+
+    def run() -> None:
+        with torch.no_grad():
+            optimizer._update(optimizer._collected)
+
+    return Contender(name, run, prepare, words)
+
+
+def after_backward(name: str, optimizer: Any, gradients: Gradients, words: int) -> Contender:
+    def prepare() -> None:
+        gradients.sum_up()
+        optimizer._collected = gradients.collected()
+        with torch.no_grad():
+            optimizer._collected.remember()
+
+    return Contender(name, optimizer.step, prepare, words)
+
+
+def collect(gradients: Gradients) -> Contender:
+    """The sum into .grad: where autograd is handed K losses one by one, it does this itself."""
+
+    collected: list[Collected] = []
+
+    def prepare() -> None:
+        collected[:] = [Collected(len(gradients.each))]
+        for p in gradients.params:
+            p.grad = None
+
+    def run() -> None:
+        with torch.no_grad():
+            collected[0].add(gradients.by_loss(), {}, gradients.values())
+
+    return Contender("collect", run, prepare, words=len(gradients.each) + 1)
+
+
+def peers(gradients: Gradients, heavy: dict[str, Any]) -> list[Contender]:
+    found: list[Contender] = []
     try:
-        from torchjd.aggregation import MGDA, UPGrad
-        from torchjd.autojac import backward, jac_to_grad
+        from torchjd.aggregation import MGDA
+        from torchjd.autojac import jac_to_grad
     except ImportError:
         pass
     else:
+        params = gradients.params
+        sgd, mgda = torch.optim.SGD(params, fused=True, **heavy), MGDA()
 
-        def torchjd(aggregator: Any, chunk: int | None) -> Step:
-            net = model()
-            optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
-            params = list(net.parameters())
+        def prepare() -> None:
+            for p, *own in zip(params, *gradients.each, strict=True):
+                p.grad = None
+                p.jac = torch.stack(own)
 
-            def step() -> None:
-                optimizer.zero_grad()
-                backward(losses_of(net(x), k), parallel_chunk_size=chunk)
-                jac_to_grad(params, aggregator)
-                optimizer.step()
+        def run() -> None:
+            jac_to_grad(params, mgda)
+            sgd.step()
 
-            return step
-
-        found["TorchJD MGDA, SGD"] = torchjd(MGDA(), None)
-        found["TorchJD MGDA, chunk 1, SGD"] = torchjd(MGDA(), 1)
-        found["TorchJD UPGrad, chunk 1, SGD"] = torchjd(UPGrad(), 1)
-    try:
-        from pytorch_optimizer import PCGrad
-    except ImportError:
-        pass
-    else:
-        net = model()
-        pcgrad = PCGrad(torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9))
-
-        def step() -> None:
-            pcgrad.zero_grad()
-            pcgrad.pc_backward(losses_of(net(x), k))
-            pcgrad.step()
-
-        found["pytorch_optimizer PCGrad, SGD"] = step
+        found.append(Contender("TorchJD jac_to_grad(MGDA), SGD fused", run, prepare, 2 * len(gradients.each) + 4))
     return found
 
 
-def seconds(step: Step, device: str, times: int) -> float:
-    start = time.perf_counter()
-    for _ in range(times):
-        step()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return (time.perf_counter() - start) / times
+def measure(name: str, k: int, options: argparse.Namespace) -> list[Row]:
+    gradients = Gradients(shapes_of(name), k, options.device, options.dtype)
+    size = sum(p.numel() for p in gradients.params) * gradients.params[0].element_size()
+    gradients.sum_up()
+    whole = torch.empty(size, dtype=torch.uint8, device=options.device)
+    other = torch.empty_like(whole)
+    copy = Contender("a copy of one set", lambda: whole.copy_(other), words=2)
+    running = [*common.pick(contenders(gradients, compiled=options.compile), options), copy]
 
+    def guarded(contender: Contender) -> Contender:
+        """With a .grad to step from, which some contenders take away."""
 
-def measure(k: int, batch: int, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
-    steps = contenders(k, batch, device, dtype)
-    reference = next(iter(steps))
-    for step in steps.values():
-        seconds(step, device, 4)
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            taken[name].append(seconds(step, device, 4))
-    rows = []
-    for name, times in taken.items():
-        ratios = [t / r for t, r in zip(times, taken[reference], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        rows.append({"losses": k, "contender": name, "ratio": middle, "quartiles": [low, high],
-                     "milliseconds": 1e3 * statistics.median(times)})  # fmt: skip
+        def prepare() -> None:
+            if gradients.params[0].grad is None:
+                gradients.sum_up()
+            if contender.prepare is not None:
+                contender.prepare()
+
+        return Contender(contender.name, contender.run, prepare, contender.words)
+
+    running = [guarded(c) for c in running]
+    taken = common.race(running, options.device, options.rounds, refresh=gradients.draw)
+    case = {
+        "set": name,
+        "tensors": len(gradients.params),
+        "parameters": size // gradients.params[0].element_size(),
+        "K": k,
+    }
+    rows = common.rows_of(case, running, taken, common.references(running, options))
+    for row, contender in zip(rows, running, strict=True):
+        assert contender.words is not None
+        row["GB/s"] = contender.words * size / row["milliseconds"][0] / 1e6
+    for row in rows:
+        row["of a copy"] = row["GB/s"] / rows[-1]["GB/s"]
+    common.profile(running, options, f"{name}, K = {k}")
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--losses", type=int, nargs="+", default=[2, 4, 8], help="numbers of losses K")
-    parser.add_argument("--batch", type=int, default=32, help="images in a batch")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds, of 4 steps of each contender")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16"])
-    parser.add_argument("--json", type=Path, help="where to write all numbers")
-    options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for k in options.losses:
-        rows += measure(k, options.batch, options.device, getattr(torch, options.dtype), options.rounds)
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    print("| step, relative to the first row | " + " | ".join(f"K = {k}" for k in options.losses) + " |")
-    print("|---|" + "---|" * len(options.losses))
-    for name in names:
-        cells = [f"{r['ratio']:.2f} ({r['quartiles'][0]:.2f}–{r['quartiles'][1]:.2f})" for r in rows
-                 if r["contender"] == name]  # fmt: skip
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    if options.json:
-        about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine(),
-                 "threads": torch.get_num_threads(), "device": options.device, "dtype": options.dtype}  # fmt: skip
-        options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1), "utf-8")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__, rounds=25)
+    parser.add_argument("--sets", nargs="+", default=["54", "330", "1600", "resnet18"], metavar="SET",
+                        help=f"parameters: {', '.join(SETS)}, or COUNTxELEMENTS")  # fmt: skip
+    parser.add_argument("--losses", type=int, nargs="+", default=[2], help="numbers of losses K")
+    parser.add_argument("--compile", action="store_true", help="also torch's optimizers compiled, which takes minutes")
+    options = common.parse(parser, arguments)
+    rows: list[Row] = []
+    for name in options.sets:
+        for k in options.losses:
+            found = measure(name, k, options)
+            first = found[0]
+            print(f"\n{name}: {first['tensors']} tensors, {first['parameters']:,} parameters, K = {k}\n")
+            heads = ["update", "ms", *(f"of “{to}”" for to in first["ratios"]), "GB/s", "of a copy"]
+            cells = [
+                [
+                    row["contender"],
+                    common.milliseconds(row["milliseconds"]),
+                    *map(common.number, row["ratios"].values()),
+                    f"{row['GB/s']:.1f}",
+                    f"{row['of a copy']:.0%}",
+                ]
+                for row in found
+            ]
+            print(common.table(heads, cells), flush=True)
+            rows += found
+    common.finish(rows, options, lambda row: f"{row['set']}, K = {row['K']}", rows[0]["contender"])
 
 
 if __name__ == "__main__":

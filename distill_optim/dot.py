@@ -88,18 +88,18 @@ class _DOT(MultiLossOptimizer):
         """A first step of any kind makes all of a parameter's buffers, because a distributed checkpoint is loaded
         into those that a step without losses made, and drops the others.
         """
+        keys = self._keys()
         for p in params:
             state = self.state[p]
-            for key in self._keys():
+            for key in keys:
                 if state.get(key) is None:
                     state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def _remember(self, collected: Collected) -> None:
-        present = collected.present
-        shared = collected.reached(self._params(), at_least=2)
+        present, params = collected.present, self._params()
 
         def shared_gram() -> Tensor:
-            return gram(collected.columns(shared, present))
+            return gram(collected.columns(collected.reached(params, at_least=2), present))
 
         values = self._values(collected)
         self._stats = Stats(self._present_names(collected), values, torch.ones_like(values), shared_gram)
@@ -209,7 +209,8 @@ class DOTSGD(_DOT, SGD):
         for group in self.param_groups:
             momenta = self._memory_per_loss(group)
             params = collected.reached(group["params"])
-            buffers = [[self._buffers_of(p).get(keys[i]) for p in params] for i in present]
+            states = [self._buffers_of(p) for p in params]
+            buffers = [[state.get(keys[i]) for state in states] for i in present]
             matched = group["gain"] == "matched"
             dot_sgd(
                 params,
@@ -227,8 +228,8 @@ class DOTSGD(_DOT, SGD):
                 fused=group["fused"],
             )
             for i, column in zip(present, buffers, strict=True):
-                for p, buffer in zip(params, column, strict=True):
-                    if buffer is not None:
+                for p, state, buffer in zip(params, states, column, strict=True):
+                    if buffer is not state.get(keys[i]):
                         self.state[p][keys[i]] = buffer
             if any(momenta):
                 self._fill_buffers(params)

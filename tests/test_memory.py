@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,38 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.memory import PeakMemory
 from distill_optim import DOTSGD, DOTAdamW, MoKDAdamW, MoKDSGD
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of all storages that operations made and that are still alive; remembers the most."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self.now: int = 0
-        self.peak: int = 0
-        self._seen: set[int] = set()
-
-    def _forget(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                key = storage._cdata
-                if key not in self._seen and key not in known:
-                    self._seen.add(key)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._forget, key, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
 
 
 def wide(k: int) -> tuple[nn.Module, Callable[[], list[Tensor]], int]:

@@ -42,7 +42,10 @@ class Collected:
 
     def reached(self, params: Sequence[Tensor], at_least: int = 1) -> list[Tensor]:
         """Those of the parameters that at least so many losses reach."""
-        return [p for p in params if sum(p in own for own in self.gradients) >= at_least]
+        if at_least == 1:
+            known = set().union(*self.gradients)  # takes over the hashes, which tensors work out in Python
+            return [p for p in params if p in known]
+        return [p for p in params if sum([p in own for own in self.gradients]) >= at_least]
 
     def columns(self, params: Sequence[Tensor], losses: Sequence[int]) -> list[list[Tensor | None]]:
         """The gradients as one list per loss, None where a loss does not reach a parameter."""
@@ -128,14 +131,19 @@ class Collected:
         factors = torch.where(legible, now / then, torch.where(legible.any(), common.sqrt(), 1))
         residuals = column(self._residuals(params, grads, factors.unbind()))
         followed = residuals <= rounding * (now + factors * parts)
-        for n, p in enumerate(params):
-            owns = [own for own in self.gradients if p in own]
-            for own in owns:
+        reaching = [[own[p] for own in self.gradients if p in own] for p in params]
+        # Taken apart once: to index a tensor costs more than the arithmetic on a small gradient.
+        portions = {n: torch.full((), 1 / n, dtype=torch.float64, device=home) for n in set(map(len, reaching))}
+        shares = {n: torch.where(followed, 1, portion).unbind() for n, portion in portions.items()}
+        numbers = zip(factors.unbind(), followed.unbind(), strict=True)
+        for n, (p, gradients, (factor, same)) in enumerate(zip(params, reaching, numbers, strict=True)):
+            grad = local(grads[p])[0]
+            for gradient in (local(g)[0] for g in gradients):
                 # In place, and not by products alone: what is to be forgotten may be infinite.
-                gradient = local(own[p])[0].mul_(factors[n])
-                torch.where(followed[n], gradient, local(grads[p])[0], out=gradient)
-                if len(owns) > 1:
-                    gradient.mul_(torch.where(followed[n], 1, 1 / len(owns)))
+                gradient.mul_(factor)
+                torch.where(same, gradient, grad, out=gradient)
+                if len(gradients) > 1:
+                    gradient.mul_(shares[len(gradients)][n])
         afresh = (now == 0).all()
         self.values = {i: torch.where(afresh.to(v.device), 0, v) for i, v in self.values.items()}
         self._joint_calls = torch.where(afresh, 0, self._joint_calls)
