@@ -60,8 +60,10 @@ class _MoKD(MultiLossOptimizer):
         # torch's AdamW would say so when the gradients are combined already.
         supported = _get_capturable_supported_devices()
         for group in self.param_groups:
+            if not group.get("capturable") or torch.compiler.is_compiling():
+                continue
             unsupported = {p.device.type for p in group["params"]}.difference(supported)
-            if group.get("capturable") and unsupported and not torch.compiler.is_compiling():
+            if unsupported:
                 raise ValueError(
                     f"capturable=True: torch supports it on {', '.join(supported)}, and there are parameters on "
                     f"{', '.join(sorted(unsupported))}; leave it out"
@@ -180,7 +182,6 @@ class _MoKD(MultiLossOptimizer):
                 self._remember(self._next_memory)
                 self._next_memory = None
             self._schedule([self._names.index(name) for name in self._stats.names], refreshed=not self._between)
-            self._between = False
 
     # ---------------------------------------------------------------- weights known before the backward pass
 
@@ -194,7 +195,7 @@ class _MoKD(MultiLossOptimizer):
         joint: bool,
         retain_graph: bool,
     ) -> None:
-        if all(p.grad is None for p in self._params()):
+        if self._ahead is not None and all(p.grad is None for p in self._params()):
             # Cleared by model.zero_grad() after a step that a GradScaler skipped: what was ahead of it is void.
             self._ahead = self._next_memory = None
         found = self._weights_ahead(losses, present, scale, through)
@@ -236,6 +237,7 @@ class _MoKD(MultiLossOptimizer):
             return None
         names = tuple(self._names[i] for i in present)
         between = 0 < group.get("every_count", 0) < group["every"] and group["every_present"] == self._mask(present)
+        self._between = between
         if not between and through is None and combination.needs_gram(group["combine"], group["dominance"]):
             return None
         processes = self._processes()
@@ -260,7 +262,6 @@ class _MoKD(MultiLossOptimizer):
         if between:
             device = self._home()
             weights = _rows(group["every_weights"].to(device), list(present))
-            self._between = True
             if self._alone is None:
                 self._alone = reached_alone({i: leaves_above([loss]) for i, loss in losses.items()}, self._params())
             last = None if self._stats is None or self._stats.names != names else self._stats.gram

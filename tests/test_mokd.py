@@ -301,3 +301,19 @@ def test_micro_batches_of_every_and_through() -> None:
             optimizer.backward([loss / len(parts) for loss in two_losses(model, part)])
         optimizer.step()
     torch.testing.assert_close(flat(whole.parameters()), flat(halves.parameters()), rtol=1e-12, atol=1e-14)
+
+
+def test_every_forgets_a_step_that_was_not_taken() -> None:
+    """Walked back with the weights of before, then cleared: the next step, of other losses, has weights of its own."""
+    model = student()
+    optimizer = MoKDSGD(model.parameters(), lr=0.1, every=3)
+    x = batches(1)[0]
+    out = model(x)
+    optimizer.step([out.square().mean(), out.abs().mean()], through=out)
+    optimizer.zero_grad()
+    optimizer.backward(two_losses(model, x))
+    optimizer.zero_grad()
+    out = model(x)
+    optimizer.step({"task": out.square().mean()}, through=out)
+    assert optimizer.param_groups[0]["every_count"] == 1
+    assert optimizer.param_groups[0]["every_present"] == 1
