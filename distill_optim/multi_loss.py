@@ -270,6 +270,7 @@ class MultiLossOptimizer(Optimizer):
 
     def _update(self, collected: Collected) -> None:
         """The step from one gradient per loss."""
+        # Not an ABC: frameworks make subclasses of optimizers on the fly, with a plain metaclass in mind.
         raise NotImplementedError
 
     def _plain_step(self) -> None:

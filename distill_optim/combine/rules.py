@@ -40,7 +40,7 @@ class Stateful:
         Args:
             losses: values of the losses, shape (K,); their number, type and device are what counts.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # every rule has its own
 
     def __call__(self, gram: Tensor, losses: Tensor, state: State) -> tuple[Tensor, State]:
         """One step.
@@ -53,7 +53,7 @@ class Stateful:
         Returns:
             K numbers, and the memory for the next step.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # every rule has its own
 
     def observe(self, losses: Tensor, state: State) -> State:
         """Takes in the losses of the same batch after the step.

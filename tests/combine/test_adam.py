@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
+from dataclasses import fields
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -271,6 +272,6 @@ def test_rules_that_need_no_gram_matrix_say_so(rule: Stateful) -> None:
 
 @every_rule
 def test_options_cannot_be_changed(rule: Stateful) -> None:
-    name = next(iter(rule.__dataclass_fields__))  # type: ignore[attr-defined]
+    name = fields(cast(Any, rule))[0].name
     with pytest.raises(AttributeError):
         setattr(rule, name, 1)

@@ -71,7 +71,7 @@ def test_agrees_with_torchjd() -> None:
     torch.manual_seed(3)
     scalarization.Random()(losses).backward()
     torch.manual_seed(3)
-    assert torch.equal(random(None, losses), losses.grad)  # type: ignore[arg-type]
+    assert torch.equal(random(None, losses), losses.grad)  # type: ignore[arg-type]  # it looks at no Gram matrix
 
 
 def test_nothing_is_needed_and_nothing_is_read_on_the_host() -> None:

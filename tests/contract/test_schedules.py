@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -189,5 +190,5 @@ def test_every_group_steps_by_its_own_options(cls: Any, plain: bool) -> None:
     run(cls([{"params": [p]} | own for p, own in zip(together, options, strict=True)]), lambda: losses(together),
         plain=plain)  # fmt: skip
     for p, own in zip(apart, options, strict=True):
-        run(cls([p], **own), lambda p=p: losses([p]), plain=plain)  # type: ignore[misc]  # a default argument
+        run(cls([p], **own), partial(losses, [p]), plain=plain)
     torch.testing.assert_close(together, apart)

@@ -17,7 +17,6 @@ from distill_optim.gradients import Replicas
 from tests.distributed.models import (
     FEW,
     STEPS,
-    WAYS,
     assert_close,
     assert_same_everywhere,
     batches,
@@ -26,6 +25,7 @@ from tests.distributed.models import (
     part,
     student,
     tensors_of,
+    train,
     train_scaled,
 )
 
@@ -41,12 +41,6 @@ FLAGS: dict[str, dict[str, Any]] = {
     "find_unused_parameters": {"find_unused_parameters": True},
     "static_graph": {"static_graph": True},
 }
-
-
-def train(model: nn.Module, optimizer: Any, way: str, pieces: Callable[[Any], list[Any]], steps: int) -> None:
-    for x in batches(steps):
-        optimizer.zero_grad()
-        WAYS[way](optimizer, model, pieces(x))
 
 
 def follows_one_process(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,8 +24,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from distill_optim import DOTSGD, MoKDSGD
 from tests.distributed.ddp import refusal
 from tests.distributed.models import (
+    ATOL,
     FEW,
-    WAYS,
     assert_close,
     assert_same_everywhere,
     batches,
@@ -34,6 +34,7 @@ from tests.distributed.models import (
     part,
     student,
     tensors_of,
+    train,
     train_scaled,
 )
 
@@ -47,12 +48,6 @@ def sharded(heads: bool, mesh: Any, **options: Any) -> Any:
 
 def whole(tensors: list[Tensor]) -> list[Tensor]:
     return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
-
-
-def train(model: nn.Module, optimizer: Any, way: str, pieces: Callable[[Any], list[Any]], steps: int) -> None:
-    for x in batches(steps):
-        optimizer.zero_grad()
-        WAYS[way](optimizer, model, pieces(x))
 
 
 def follows_one_process(
@@ -123,7 +118,8 @@ def clips_and_scales(rank: int, make: Any, way: str) -> None:
     optimizer = make(model.parameters())
     assert train_scaled(model, optimizer, way, rank, 2) == 1
     # torch 2.9 rounds the length of all sharded gradients together to float32.
-    assert_close(whole(tensors_of(model, optimizer)), tensors_of(alone, expected), atol=1e-6)
+    rounded = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+    assert_close(whole(tensors_of(model, optimizer)), tensors_of(alone, expected), atol=1e-6 if rounded else ATOL)
 
 
 def gathers_once(rank: int, make: Any) -> None:

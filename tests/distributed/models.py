@@ -103,6 +103,12 @@ WAYS: dict[str, Way] = {
 }
 
 
+def train(model: nn.Module, optimizer: Any, way: str, pieces: Callable[[Any], list[Any]], steps: int) -> None:
+    for x in batches(steps):
+        optimizer.zero_grad()
+        WAYS[way](optimizer, model, pieces(x))
+
+
 def train_scaled(model: nn.Module, optimizer: Any, way: str, rank: int, world: int) -> int:
     """A gradient scaler and clipping between the phases; the second batch overflows in one loss, in the last process.
 
