@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from operator import is_not
 from typing import Any, ClassVar
 
 import torch
@@ -96,10 +98,11 @@ class _DOT(MultiLossOptimizer):
                     state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def _remember(self, collected: Collected) -> None:
-        present, params = collected.present, self._params()
+        present = collected.present
 
         def shared_gram() -> Tensor:
-            return gram(collected.columns(collected.reached(params, at_least=2), present))
+            shared = [n for n, count in enumerate(collected.reach()) if count > 1]
+            return gram(collected.columns(shared, present))
 
         values = self._values(collected)
         self._stats = Stats(self._present_names(collected), values, torch.ones_like(values), shared_gram)
@@ -206,15 +209,18 @@ class DOTSGD(_DOT, SGD):
             # be read off them is read now.
             assert self._stats is not None
             _ = self._stats.gram
-        for group in self.param_groups:
+        reach = collected.reach()
+        for group, positions in self._grouped():
             momenta = self._memory_per_loss(group)
-            params = collected.reached(group["params"])
+            reached = [n for n in positions if reach[n]]
+            params = [collected.params[n] for n in reached]
             states = [self._buffers_of(p) for p in params]
-            buffers = [[state.get(keys[i]) for state in states] for i in present]
+            known = [[state.get(key) for state in states] for key in keys]
+            buffers = [list(known[i]) for i in present]
             matched = group["gain"] == "matched"
             dot_sgd(
                 params,
-                collected.columns(params, present),
+                collected.columns(reached, present),
                 buffers,
                 lr=group["lr"],
                 momentum=group["momentum"],
@@ -228,10 +234,10 @@ class DOTSGD(_DOT, SGD):
                 fused=group["fused"],
             )
             for i, column in zip(present, buffers, strict=True):
-                for p, state, buffer in zip(params, states, column, strict=True):
-                    if buffer is not state.get(keys[i]):
+                for p, before, buffer in zip(params, known[i], column, strict=True):
+                    if buffer is not before:
                         self.state[p][keys[i]] = buffer
-            if any(momenta):
+            if any(momenta) and not all(all(map(is_not, column, repeat(None))) for column in known):
                 self._fill_buffers(params)
 
 
@@ -322,7 +328,8 @@ class DOTAdamW(_DOT, AdamW):
         self._capture_check()
         self._remember(collected)
         keys = self._keys()
-        for group in self.param_groups:
+        for group, positions in self._grouped():
+            stepping = [n for n in positions if collected.params[n].grad is not None]
             params: list[Tensor] = []
             summed: list[Tensor] = []
             lists: list[list[Tensor]] = [[], [], [], []]
@@ -335,7 +342,7 @@ class DOTAdamW(_DOT, AdamW):
                 foreach = foreach and (group["capturable"] or not isinstance(group["lr"], Tensor))
             dot_adamw(
                 params,
-                collected.columns(params, range(len(keys))),
+                collected.columns(stepping, range(len(keys))),
                 summed,
                 [[self.state[p][key] for p in params] for key in keys],
                 exp_avg_sqs,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, ClassVar, cast
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from distill_optim.gradients import (
     Collected,
+    Column,
     Losses,
     Replicas,
     Sharded,
@@ -80,6 +81,14 @@ class MultiLossOptimizer(Optimizer):
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _grouped(self) -> Iterator[tuple[dict[str, Any], range]]:
+        """Each parameter group, and where its parameters stand among all."""
+        start = 0
+        for group in self.param_groups:
+            stop = start + len(group["params"])
+            yield group, range(start, stop)
+            start = stop
+
     # ---------------------------------------------------------------- what a training loop calls
 
     def step(
@@ -130,8 +139,10 @@ class MultiLossOptimizer(Optimizer):
         elif self._collected:
             self._check_groups()
             with torch.no_grad():
-                self._collected.follow({p: p.grad for p in self._params() if p.grad is not None})
+                params = self._params()
+                self._collected.follow(params, [p.grad for p in params])
         if self._collected:
+            self._collected.align(self._params())
             with torch.set_grad_enabled(self.defaults["differentiable"]):
                 self._update(self._collected)
             self._collected = Collected(len(self._names))
@@ -349,9 +360,9 @@ class MultiLossOptimizer(Optimizer):
         )
         given = self._mean({i: loss.detach() for i, loss in losses.items()}, list(gradients))
 
-        def finish(before: dict[Tensor, Tensor]) -> None:
+        def finish(before: Column) -> None:
             with torch.no_grad():
-                self._collected.add(gradients, self._same_everywhere(before), given, joint=joint)
+                self._collected.add(params, gradients, self._same_everywhere(before), given, joint=joint)
                 self._note_same()
 
         if not joint:
@@ -361,11 +372,11 @@ class MultiLossOptimizer(Optimizer):
         # A joint loss is walked back in the middle of somebody's backward pass, in which other losses may leave their
         # gradients in .grad too; what they leave belongs to no loss by name, and is known when that pass ends.
         def at_the_end() -> None:
-            finish({p: p.grad for p in params if p.grad is not None})
+            finish([p.grad for p in params])
             with torch.no_grad():
                 self._collected.remember()
 
-        for p, grad in before.items():
+        for p, grad in zip(params, before, strict=True):
             p.grad = grad
         torch.autograd.Variable._execution_engine.queue_callback(at_the_end)
 
@@ -403,16 +414,18 @@ class MultiLossOptimizer(Optimizer):
         own = [values[i].to(home, torch.float64).reshape(()) if i in values else zero for i in present]
         return dict(zip(present, processes.mean(torch.stack(own)).unbind(), strict=True))
 
-    def _same_everywhere(self, grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    def _same_everywhere(self, grads: Column) -> Column:
         """These ``.grad``, with those averaged that may differ between the processes: what nobody here left there."""
         replicas = self._replicas()
         if replicas is None:
             return grads
-        foreign = dict(grads)
-        for p, (same, version) in self._known_same.items():
-            if grads.get(p) is same and same._version == version:
-                del foreign[p]
-        return {**grads, **replicas.average(foreign, self._params())()}
+        params, foreign = self._params(), list(grads)
+        for n, p in enumerate(params):
+            same, version = self._known_same.get(p, (None, None))
+            if same is not None and grads[n] is same and same._version == version:
+                foreign[n] = None
+        averages = replicas.average(foreign, params)()
+        return [grad if average is None else average for grad, average in zip(grads, averages, strict=True)]
 
     def _note_same(self) -> None:
         """Takes down which ``.grad`` are the same in all processes: those of now."""
