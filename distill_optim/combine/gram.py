@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from operator import is_not
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from distill_optim.sharding import Shards, add_up, local
 
 # Elements that are cast to float64 at a time: on a CPU small enough to stay in the cache between the cast and
-# the dot products, on an accelerator large enough that the number of launches stays small.
+# the products, on an accelerator large enough that the number of launches stays small.
 _BUCKET = {"cpu": 1 << 18}
 _BUCKET_ACCELERATOR = 1 << 22
 
@@ -45,52 +47,67 @@ def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     """
     k = len(gradients)
     # Columns that the same losses reach, on one device, in one kind of shards.
-    reached: defaultdict[tuple[tuple[int, ...], torch.device, Shards], list[list[Tensor]]] = defaultdict(list)
+    alike: defaultdict[tuple[tuple[bool, ...], torch.device, Shards], list[list[Tensor]]] = defaultdict(list)
     for column in zip(*gradients, strict=True):
-        losses = tuple(i for i, gradient in enumerate(column) if gradient is not None)
         parts = [local(gradient) for gradient in column if gradient is not None]
-        if losses:
-            reached[losses, parts[0][0].device, parts[0][1]].append([part for part, _ in parts])
-    if not reached:
-        return torch.zeros((k, k), dtype=torch.float64)
-    home = next(iter(reached))[1]
-    zero = torch.zeros((), dtype=torch.float64, device=home)
-    products: defaultdict[Shards, dict[tuple[int, int], Tensor]] = defaultdict(dict)
-    for (losses, device, shards), columns in reached.items():
-        sums = products[shards]
-        bucket = _BUCKET.get(device.type, _BUCKET_ACCELERATOR)
-        for vectors in zip(*(_flat_buckets(tensors, bucket) for tensors in zip(*columns, strict=True)), strict=True):
-            for a, i in enumerate(losses):
-                for b, j in enumerate(losses[: a + 1]):
-                    product = torch.dot(vectors[a], vectors[b])
-                    if device != home:
-                        product = product.to(home, non_blocking=home.type != "cpu")
-                    sums[i, j] = sums[i, j] + product if (i, j) in sums else product
+        if parts:
+            reached = tuple(map(is_not, column, repeat(None)))
+            alike[reached, parts[0][0].device, parts[0][1]].append([_real(part) for part, _ in parts])
+    home = next(iter(alike))[1] if alike else torch.device("cpu")
+    sums: dict[Shards, Tensor] = {}
+    for (reached, device, shards), columns in alike.items():
+        lower = _lower(columns, _BUCKET.get(device.type, _BUCKET_ACCELERATOR))
+        if device != home:
+            lower = lower.to(home, non_blocking=home.type != "cpu")
+        if len(lower) < k:
+            lower = _among(lower, reached)
+        sums[shards] = sums[shards] + lower if shards in sums else lower
     total = torch.zeros((k, k), dtype=torch.float64, device=home)
-    for shards, sums in products.items():
-        # One product per pair: the matrix is symmetric to the last bit.
-        matrix = torch.stack([sums.get((max(i, j), min(i, j)), zero) for i in range(k) for j in range(k)]).view(k, k)
-        add_up(matrix, shards)
-        total = total + matrix
-    return total
+    for shards, part in sums.items():
+        add_up(part, shards)
+        total += part
+    # One product per pair: the matrix is symmetric to the last bit.
+    return total + total.tril(-1).mT
 
 
-def _flat_buckets(tensors: Sequence[Tensor], bucket: int) -> Iterator[Tensor]:
-    """The tensors' elements in order, as float64 vectors of at most ``bucket`` elements."""
-    pieces: list[Tensor] = []
+def _lower(columns: Sequence[Sequence[Tensor]], bucket: int) -> Tensor:
+    """Inner products of the columns' K rows, on and below the diagonal."""
+    k, first = len(columns[0]), columns[0][0]
+    size = min(bucket, sum(column[0].numel() for column in columns))
+    rows = torch.empty((k, size), dtype=torch.float64, device=first.device)
+    products = torch.zeros((k, k), dtype=torch.float64, device=first.device)
+    for pieces in _buckets(columns, bucket):
+        filled = sum(column[0].numel() for column in pieces)
+        for row, own in zip(rows, zip(*pieces, strict=True), strict=True):
+            row[:filled] = own[0].reshape(-1) if len(own) == 1 else torch._C._nn.flatten_dense_tensors(list(own))
+        for i in range(k):
+            products[i, : i + 1].addmv_(rows[: i + 1, :filled], rows[i, :filled])
+    return products
+
+
+def _among(matrix: Tensor, reached: Sequence[bool]) -> Tensor:
+    """The matrix of some losses as that of all, with zeros for the others."""
+    for dim in (0, 1):
+        rows, zero = iter(matrix.unbind(dim)), torch.zeros_like(matrix.select(dim, 0))
+        matrix = torch.stack([next(rows) if here else zero for here in reached], dim)
+    return matrix
+
+
+def _buckets(columns: Iterable[Sequence[Tensor]], bucket: int) -> Iterator[list[Sequence[Tensor]]]:
+    """The columns, or flat pieces of large ones, of at most so many elements together."""
+    pieces: list[Sequence[Tensor]] = []
     filled = 0
-    for tensor in tensors:
-        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        flat = real.reshape(-1)
-        for piece in flat.split(bucket) if flat.numel() > bucket else (flat,):
-            if filled + piece.numel() > bucket:
-                yield _join(pieces)
+    for column in columns:
+        whole = column[0].numel() <= bucket
+        for piece in (column,) if whole else zip(*(t.reshape(-1).split(bucket) for t in column), strict=True):
+            if filled + piece[0].numel() > bucket:
+                yield pieces
                 pieces, filled = [], 0
             pieces.append(piece)
-            filled += piece.numel()
+            filled += piece[0].numel()
     if pieces:
-        yield _join(pieces)
+        yield pieces
 
 
-def _join(pieces: list[Tensor]) -> Tensor:
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).double()
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -145,8 +145,9 @@ class Collected:
         for own, lengths in zip(self.gradients, own_lengths, strict=True):
             parts += _stack([zero if own[n] is None else next(lengths) for n in positions], home)
         # What rounding may do to a sum of gradients of these lengths, in micro-batches and in this precision.
-        units = {g.dtype: torch.full((), _rounding(g.dtype), dtype=torch.float64, device=home) for g in now_is}
-        rounding = torch.stack([units[g.dtype] for g in now_is])
+        dtypes = [grad.dtype for grad in now_is]
+        units = {dtype: torch.full((), _rounding(dtype), dtype=torch.float64, device=home) for dtype in set(dtypes)}
+        rounding = torch.stack([units[dtype] for dtype in dtypes])
         # Where the gradients cancel out in the sum, its length says nothing; there the rest of the model speaks.
         legible = (then > rounding * parts) & torch.isfinite(then)
         common = (now.square() * legible).nansum() / (then.square() * legible).nansum()
@@ -208,7 +209,7 @@ def _pieces(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 def _residuals(buckets: Sequence[_Bucket], factors: Numbers) -> list[Tensor]:
     """How far each ``.grad`` is from its factor times the sum of the collected gradients."""
-    squares: list[list[Tensor]] = [[] for _ in factors]
+    lengths: list[list[Tensor]] = [[] for _ in factors]
     for members, now, (first, *others) in buckets:
         sums = list(torch._foreach_mul(first, 1))
         for more in others:
@@ -216,8 +217,8 @@ def _residuals(buckets: Sequence[_Bucket], factors: Numbers) -> list[Tensor]:
         _multiply(sums, [factors[n] for n in members])
         torch._foreach_sub_(sums, now)
         for n, length in zip(members, _local_lengths(sums), strict=True):
-            squares[n].append(length.double().square())
-    return [(of_pieces[0] if len(of_pieces) == 1 else torch.stack(of_pieces).sum()).sqrt() for of_pieces in squares]
+            lengths[n].append(length)
+    return [of[0] if len(of) == 1 else torch.stack(of).double().square().sum().sqrt() for of in lengths]
 
 
 def _readable(numbers: Tensor) -> Numbers:
