@@ -214,7 +214,7 @@ class DOTSGD(_DOT, SGD):
             momenta = self._memory_per_loss(group)
             reached = [n for n in positions if reach[n]]
             params = [collected.params[n] for n in reached]
-            states = [self._buffers_of(p) for p in params]
+            states = [self.state.get(p, {}) for p in params]
             known = [[state.get(key) for state in states] for key in keys]
             buffers = [list(known[i]) for i in present]
             matched = group["gain"] == "matched"

@@ -256,10 +256,9 @@ def _spread(factors: Numbers, like: Sequence[Tensor]) -> Tensor | None:
     """Tensors of one number each as a vector with a number per element; None for Python's numbers."""
     if not isinstance(factors[0], Tensor):
         return None
-    real, device = like[0].dtype.to_real(), like[0].device
     # A factor of 2⁻¹⁶ is no number in float16.
-    dtype = torch.float32 if real in (torch.float16, torch.bfloat16) else real
-    numbers = torch.stack([torch.as_tensor(x) for x in factors]).to(device, dtype).unbind()
+    dtype = torch.float64 if like[0].dtype in (torch.float64, torch.complex128) else torch.float32
+    numbers = torch.stack(factors).to(like[0].device, dtype).unbind()
     return torch.cat([x.expand(t.numel()) for x, t in zip(numbers, like, strict=True)])
 
 
