@@ -497,7 +497,7 @@ class MultiLossOptimizer(Optimizer):
 
     def _home(self) -> torch.device:
         """The device of the first parameter, where statistics live."""
-        return next((p.device for p in self._params()), torch.device("cpu"))
+        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
     def _present_names(self, collected: Collected) -> list[str]:
         return [self._names[i] for i in collected.present]
