@@ -28,7 +28,7 @@ from distill_optim.gradients import (
     values,
     walked_back,
 )
-from distill_optim.multi_loss import MultiLossOptimizer, Present, Through, unwrap
+from distill_optim.multi_loss import MultiLossOptimizer, Present, Through, Walk, unwrap
 from distill_optim.stats import Stats
 from distill_optim.update import weighted_sum
 
@@ -194,27 +194,18 @@ class _MoKD(MultiLossOptimizer):
 
     # ---------------------------------------------------------------- weights known before the backward pass
 
-    def _collect(
-        self,
-        losses: Mapping[int, Tensor],
-        present: Present,
-        *,
-        scale: Tensor | None,
-        through: Through | None,
-        joint: bool,
-        retain_graph: bool,
-    ) -> None:
+    def _collect(self, losses: Mapping[int, Tensor], present: Present, walk: Walk) -> None:
         if self._ahead is not None and all(p.grad is None for p in self._params()):
             # Cleared by model.zero_grad() after a step that a GradScaler skipped: what was ahead of it is void.
             self._ahead = self._next_memory = None
-        found = self._weights_ahead(losses, present, scale, through)
-        if (self._collected if found else self._ahead) or (self._collected and through is not None):
+        found = self._weights_ahead(losses, present, walk.scale, walk.through)
+        if (self._collected if found else self._ahead) or (self._collected and walk.through is not None):
             raise ValueError(
                 "through/every: the micro-batches of one step must all be walked back the same way; give the same "
                 "through= and the same losses to each, or call zero_grad() before"
             )
         if found is None:
-            super()._collect(losses, present, scale=scale, through=through, joint=joint, retain_graph=retain_graph)
+            super()._collect(losses, present, walk)
             return
         stats, alone = found
         before = backward_weighted(
@@ -223,8 +214,8 @@ class _MoKD(MultiLossOptimizer):
             self._params(),
             self._names,
             alone,
-            scale=scale,
-            retain_graph=retain_graph,
+            scale=walk.scale,
+            retain_graph=walk.retain_graph,
             replicas=self._replicas(),
         )
         with torch.no_grad():

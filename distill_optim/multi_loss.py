@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,24 @@ Through = Tensor | list[Tensor] | tuple[Tensor, ...]
 
 # The losses that any process has, or a function that asks the others.
 Present = Sequence[int] | Callable[[], Sequence[int]]
+
+
+class Walk(NamedTuple):
+    """How losses are walked back.
+
+    Attributes:
+        scale: what their gradients are multiplied by, a scalar tensor.
+        through: see :meth:`MultiLossOptimizer.backward`.
+        joint: whether this is in the middle of somebody's backward pass of a joint loss.
+        retain_graph: whether the last loss leaves the graph in place.
+        stepping: whether the step follows at once.
+    """
+
+    scale: Tensor | None = None
+    through: Through | None = None
+    joint: bool = False
+    retain_graph: bool = False
+    stepping: bool = False
 
 
 class MultiLossOptimizer(Optimizer):
@@ -132,7 +150,7 @@ class MultiLossOptimizer(Optimizer):
                 f"{type(closure).__name__}; for one loss call .backward() on it and then step()"
             )
         if losses is not None:
-            self._backward(losses, through=through, stepping=True)
+            self._backward(losses, Walk(through=through, stepping=True))
             returned = detached(losses) if losses is closure else returned
         elif through is not None:
             raise ValueError("through: it needs the losses in the same call; give them to step, or it to backward")
@@ -180,7 +198,7 @@ class MultiLossOptimizer(Optimizer):
             given = next(iter(losses.values() if isinstance(losses, Mapping) else losses), None)
             device = given.device if isinstance(given, Tensor) else torch.device("cpu")
             scale = scaler.scale(torch.ones((), device=device))
-        self._backward(losses, scale=scale, through=through)
+        self._backward(losses, Walk(scale, through))
         with torch.no_grad():
             self._collected.remember()
 
@@ -300,19 +318,10 @@ class MultiLossOptimizer(Optimizer):
 
     # Autograd's passes are no part of a compiled step, and sets of tensors are nothing that dynamo can trace.
     @_disable_dynamo
-    def _backward(
-        self,
-        losses: Losses,
-        *,
-        scale: Tensor | None = None,
-        through: Through | None = None,
-        joint: bool = False,
-        retain_graph: bool = False,
-        stepping: bool = False,
-    ) -> None:
+    def _backward(self, losses: Losses, walk: Walk) -> None:
         """Losses → gradients: checks them, and walks the graph back."""
         replicas = self._replicas()
-        joined = self._join(stepping=stepping)
+        joined = self._join(stepping=walk.stepping)
         try:
             indexed = by_index(losses, self._names)
             check_losses(indexed, self._names)
@@ -328,7 +337,7 @@ class MultiLossOptimizer(Optimizer):
             present = ask if joined else ask()
         if self._stats is not None:
             self._stats.release()
-        self._collect(indexed, present, scale=scale, through=through, joint=joint, retain_graph=retain_graph)
+        self._collect(indexed, present, walk)
 
     def _present_anywhere(self, replicas: Replicas, losses: Mapping[int, Tensor]) -> list[int]:
         """The losses that any process has, which all of them reduce."""
@@ -337,24 +346,15 @@ class MultiLossOptimizer(Optimizer):
             raise RuntimeError("losses: another process refused its own, so that no process can go on; see its error")
         return [i for i, has in enumerate(given) if has]
 
-    def _collect(
-        self,
-        losses: Mapping[int, Tensor],
-        present: Present,
-        *,
-        scale: Tensor | None,
-        through: Through | None,
-        joint: bool,
-        retain_graph: bool,
-    ) -> None:
+    def _collect(self, losses: Mapping[int, Tensor], present: Present, walk: Walk) -> None:
         """One backward pass per loss."""
         params, replicas = self._params(), self._replicas()
         gradients, before = backward_each(
             losses,
             params,
             self._names,
-            scale=scale,
-            retain_graph=retain_graph,
+            scale=walk.scale,
+            retain_graph=walk.retain_graph,
             present=present,
             replicas=replicas,
         )
@@ -362,10 +362,10 @@ class MultiLossOptimizer(Optimizer):
 
         def finish(before: Column) -> None:
             with torch.no_grad():
-                self._collected.add(params, gradients, self._same_everywhere(before), given, joint=joint)
+                self._collected.add(params, gradients, self._same_everywhere(before), given, joint=walk.joint)
                 self._note_same()
 
-        if not joint:
+        if not walk.joint:
             finish(before)
             return
 
@@ -477,7 +477,7 @@ class MultiLossOptimizer(Optimizer):
                 if replicas is not None:
                     optimizer.zero_grad()
                     present = partial(optimizer._present_anywhere, replicas, {})
-                    optimizer._collect({}, present, scale=None, through=None, joint=False, retain_graph=False)
+                    optimizer._collect({}, present, Walk(stepping=True))
                     with torch.no_grad():
                         optimizer._update(optimizer._collected)
                     optimizer._collected = Collected(len(optimizer._names))

@@ -1,6 +1,13 @@
 """From losses to one gradient per loss."""
 
-from distill_optim.gradients.backward import backward_each, backward_weighted, refuse_graphed, walked_back
+from distill_optim.gradients.backward import (
+    backward_each,
+    backward_onto,
+    backward_weighted,
+    refuse_graphed,
+    refuse_unreached,
+    walked_back,
+)
 from distill_optim.gradients.collected import Collected, Column, cleared
 from distill_optim.gradients.graph import hides_leaves, leaves_above, reached_alone
 from distill_optim.gradients.losses import Losses, by_index, check_losses, detached, is_losses, loss_names, values
@@ -13,6 +20,7 @@ __all__ = [
     "Replicas",
     "Sharded",
     "backward_each",
+    "backward_onto",
     "backward_weighted",
     "by_index",
     "check_losses",
@@ -24,6 +32,7 @@ __all__ = [
     "loss_names",
     "reached_alone",
     "refuse_graphed",
+    "refuse_unreached",
     "values",
     "walked_back",
 ]

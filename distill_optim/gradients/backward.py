@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from operator import is_
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -106,6 +107,32 @@ def backward_each(
                 under_way[i] = replicas.average(own, params, without=others)
             gradients.update({i: finish() for i, finish in under_way.items()})
     return gradients, before
+
+
+def backward_onto(
+    i: int, losses: Mapping[int, Tensor], params: Sequence[Tensor], targets: Column, names: Sequence[str]
+) -> None:
+    """Adds one loss's gradient to tensors that are there, as autograd adds to ``.grad``: no gradient is stored.
+
+    Args:
+        i: the loss that is walked back; the last one frees the graph.
+        losses: scalar losses by index.
+        params: the parameters, whose ``.grad`` are None before and afterwards.
+        targets: what the gradient of each is added to; None for a parameter that the loss does not reach.
+        names: names of all losses, for messages.
+
+    Raises:
+        ValueError: as :func:`backward_each`; what has been added by then stays.
+    """
+    for p, target in zip(params, targets, strict=True):
+        p.grad = target
+    try:
+        _backward({i: losses[i]}, names, _seed(losses[i], None), retain_graph=i != next(reversed(losses)))
+    finally:
+        for grad, target in zip(_taken(params), targets, strict=True):
+            # Autograd adds in place; what a hook puts there may be another tensor.
+            if grad is not None and target is not None and grad is not target:
+                target.copy_(grad)
 
 
 def _backward_of_all(
@@ -259,13 +286,18 @@ def refuse_graphed(losses: Mapping[int, Tensor], names: Sequence[str], stop: Col
             )
 
 
+def refuse_unreached(name: str) -> NoReturn:
+    """Raises for a loss without a gradient."""
+    raise ValueError(
+        f"losses[{name!r}]: it reaches none of this optimizer's parameters; check that they require grad and "
+        "that the loss was computed from them, or leave it out of the mapping in such a step (under FSDP2 also "
+        "check that set_requires_gradient_sync(False) is not on, which keeps gradients out of .grad)"
+    )
+
+
 def _check_gradients(gradients: Column, name: str) -> None:
     if all(map(is_, gradients, repeat(None))):
-        raise ValueError(
-            f"losses[{name!r}]: it reaches none of this optimizer's parameters; check that they require grad and "
-            "that the loss was computed from them, or leave it out of the mapping in such a step (under FSDP2 also "
-            "check that set_requires_gradient_sync(False) is not on, which keeps gradients out of .grad)"
-        )
+        refuse_unreached(name)
     for gradient in gradients:
         if gradient is not None and gradient.layout != torch.strided:
             raise ValueError(
