@@ -56,41 +56,44 @@ def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     home = next(iter(alike))[1] if alike else torch.device("cpu")
     sums: dict[Shards, Tensor] = {}
     for (reached, device, shards), columns in alike.items():
-        lower = _lower(columns, _BUCKET.get(device.type, _BUCKET_ACCELERATOR))
+        products = _products(columns, _BUCKET.get(device.type, _BUCKET_ACCELERATOR))
         if device != home:
-            lower = lower.to(home, non_blocking=home.type != "cpu")
-        if len(lower) < k:
-            lower = _among(lower, reached)
-        sums[shards] = sums[shards] + lower if shards in sums else lower
+            products = products.to(home, non_blocking=home.type != "cpu")
+        matrix = _matrix(products, [i for i, here in enumerate(reached) if here], k)
+        sums[shards] = sums[shards] + matrix if shards in sums else matrix
     total = torch.zeros((k, k), dtype=torch.float64, device=home)
-    for shards, part in sums.items():
-        add_up(part, shards)
-        total += part
-    # One product per pair: the matrix is symmetric to the last bit.
-    return total + total.tril(-1).mT
+    for shards, matrix in sums.items():
+        add_up(matrix, shards)
+        total += matrix
+    return total
 
 
-def _lower(columns: Sequence[Sequence[Tensor]], bucket: int) -> Tensor:
-    """Inner products of the columns' K rows, on and below the diagonal."""
-    k, first = len(columns[0]), columns[0][0]
+def _products(columns: Sequence[Sequence[Tensor]], bucket: int) -> Tensor:
+    """Inner products of the columns' K rows, as a vector: (0, 0), (1, 0), (1, 1), (2, 0), …
+
+    One by one, although a matrix product would be faster for many losses: it takes its sums in another order from
+    entry to entry, so that equal gradients would not have equal products.
+    """
+    k, device = len(columns[0]), columns[0][0].device
     size = min(bucket, sum(column[0].numel() for column in columns))
-    rows = torch.empty((k, size), dtype=torch.float64, device=first.device)
-    products = torch.zeros((k, k), dtype=torch.float64, device=first.device)
+    # Every row begins at a multiple of 64 bytes: where a sum begins is where its order begins too.
+    rows = torch.empty((k, -(-size // 8) * 8), dtype=torch.float64, device=device)
+    total = torch.zeros(k * (k + 1) // 2, dtype=torch.float64, device=device)
     for pieces in _buckets(columns, bucket):
         filled = sum(column[0].numel() for column in pieces)
-        for row, own in zip(rows, zip(*pieces, strict=True), strict=True):
-            row[:filled] = own[0].reshape(-1) if len(own) == 1 else torch._C._nn.flatten_dense_tensors(list(own))
-        for i in range(k):
-            products[i, : i + 1].addmv_(rows[: i + 1, :filled], rows[i, :filled])
-    return products
+        used = rows[:, :filled].unbind()
+        for row, own in zip(used, zip(*pieces, strict=True), strict=True):
+            row.copy_(own[0].reshape(-1) if len(own) == 1 else torch._C._nn.flatten_dense_tensors(list(own)))
+        total += torch.stack([torch.dot(used[i], used[j]) for i in range(k) for j in range(i + 1)])
+    return total
 
 
-def _among(matrix: Tensor, reached: Sequence[bool]) -> Tensor:
-    """The matrix of some losses as that of all, with zeros for the others."""
-    for dim in (0, 1):
-        rows, zero = iter(matrix.unbind(dim)), torch.zeros_like(matrix.select(dim, 0))
-        matrix = torch.stack([next(rows) if here else zero for here in reached], dim)
-    return matrix
+def _matrix(products: Tensor, losses: Sequence[int], k: int) -> Tensor:
+    """The symmetric matrix of all K losses, in which those without a gradient have zeros."""
+    known = iter(products.unbind())
+    pairs = {(i, j): next(known) for n, i in enumerate(losses) for j in losses[: n + 1]}
+    zero = torch.zeros_like(products[0])
+    return torch.stack([pairs.get((max(i, j), min(i, j)), zero) for i in range(k) for j in range(k)]).view(k, k)
 
 
 def _buckets(columns: Iterable[Sequence[Tensor]], bucket: int) -> Iterator[list[Sequence[Tensor]]]:
