@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "whole training steps",
     "memory": "peak memory of a training step, in sets of gradients",
     "distributed": "training steps of several processes under DistributedDataParallel",
+    "goals": "what the project set out to reach, one line each",
     "combine": "every combination method: time, host reads, distance from the exact direction",
     "min_norm": "how near min-norm solvers come to the optimum",
     "gallery": "pictures of what every method makes of a few gradients",

@@ -82,6 +82,7 @@ def contenders(student: Callable[[], nn.Module], k: int, options: argparse.Names
         "summed loss, SGD": plain(True, **heavy),
         "DOTSGD": ours(DOTSGD, **heavy),
         "DOTSGD, fused": ours(DOTSGD, fused=True, **heavy),
+        "DOTSGD, folded": ours(DOTSGD, fold=True, **heavy),
         "DOTAdamW": ours(DOTAdamW),
         "MoKDSGD": ours(MoKDSGD, **heavy),
         "MoKDSGD, backward then step": ours(MoKDSGD, two_phases=True, **heavy),

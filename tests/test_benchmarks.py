@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import common, models
+from benchmarks import common, goals, models
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.dot_authors import AuthorsDOT
 from distill_optim import DOTSGD
@@ -83,6 +84,45 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         main([command, "--help"])
     assert done.value.code == 0
     assert f"python -m benchmarks {command}" in capsys.readouterr().out
+
+
+def test_the_name_of_a_contender_stands_for_it_alone(tmp_path: Path) -> None:
+    rows = run("step", "--only", "torch SGD on the sum, foreach", "--losses", "2", folder=tmp_path)["rows"]
+    expected = ["torch SGD on the sum, fused", "torch SGD on the sum, foreach", "a copy of one set"]
+    assert [row["contender"] for row in rows] == expected
+
+
+def test_goals_say_what_was_reached_and_what_was_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(goals, "ANYWHERE", [goals.resolved])
+    monkeypatch.setattr("benchmarks.resolve.shapes_of", lambda name: [(100,)])
+    main(["goals", "--rounds", "2", "--threads", "1", "--json", str(tmp_path / "out.json")])
+    lines = capsys.readouterr().out.splitlines()
+    (measured,) = [line for line in lines if "Gram matrix and weights" in line]
+    assert measured.endswith(("| ≤ 3 | yes |", "| ≤ 3 | no |"))
+    unmeasured = [line for line in lines if "not measured" in line]
+    assert len(unmeasured) == len(goals.CUDA)
+    rows = json.loads((tmp_path / "out.json").read_text("utf-8"))["rows"]
+    assert [row["reached"] for row in rows] == [measured.endswith("yes |"), *[None] * len(goals.CUDA)]
+
+
+def test_a_goal_is_reached_or_missed() -> None:
+    assert goals.at_most("", 2, [1.9, 1, 3]).reached
+    assert not goals.at_most("", 2, [2.1, 1, 3]).reached
+    assert goals.at_least("", 2, [2.1, 1, 3]).reached
+    assert not goals.at_least("", 2, [1.9, 1, 3]).reached
+    assert goals.inverse([2, 1, 4]) == [0.5, 0.25, 1]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("measure", goals.CUDA)
+def test_the_goals_on_a_gpu_can_be_measured(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.step.shapes_of", lambda name: [(1000,)] * 3)
+    options = argparse.Namespace(
+        device=torch.device("cuda"), dtype=torch.float32, rounds=2, only=None, against=[], profile=None
+    )
+    assert all(goal.values is not None for goal in measure(options))
 
 
 def test_an_unknown_set_or_contender_is_named() -> None:
