@@ -20,6 +20,7 @@ SMALL = {
     "step": ["--sets", "3x5", "--losses", "1", "2"],
     "resolve": ["--sets", "3x5", "--losses", "1", "2"],
     "train": ["--students", "mlp", "--losses", "1", "2", "--batch", "2"],
+    "activation_gram": ["--students", "mlp", "--losses", "1", "2", "--batch", "2"],
     "memory": ["--students", "mlp", "--losses", "1", "2", "--batch", "2"],
     "distributed": ["--students", "mlp", "--losses", "2", "--batch", "2"],
 }
