@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from benchmarks import common
 from benchmarks.common import Contender, Row
@@ -60,6 +61,7 @@ class Call:
         layer = self.layer
         if isinstance(layer, nn.Linear):
             return self.x.flatten(0, -2)
+        assert isinstance(layer.padding, tuple)  # what the students have: no padding by name
         patches = F.unfold(self.x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         return patches.mT.flatten(0, 1)
 
@@ -71,16 +73,17 @@ class Call:
         """Inner products of the weight's gradients, shape (K, K), float64, from the output's."""
         x, d = self.input_rows(), torch.cat([self.output_rows(d) for d in ds], 1)
         here, there = (rows.unflatten(1, (len(ds), -1)).transpose(0, 1).flatten(1) for rows in (x @ x.T @ d, d))
-        return (here @ there.T).double()
+        products: Tensor = here @ there.T
+        return products.double()
 
     def weight_gradient(self, d: Tensor) -> Tensor:
         """The weight's gradient from the output's."""
         layer = self.layer
         if isinstance(layer, nn.Linear):
             return self.output_rows(d).T @ self.input_rows()
-        return torch.nn.grad.conv2d_weight(
-            self.x, layer.weight.shape, d, layer.stride, layer.padding, layer.dilation, layer.groups
-        )
+        options = layer.stride, layer.padding, layer.dilation, layer.groups
+        gradient: Tensor = conv2d_weight(self.x, layer.weight.shape, d, *options)
+        return gradient
 
 
 def record(model: nn.Module) -> dict[Tensor, Call]:
