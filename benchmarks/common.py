@@ -212,6 +212,18 @@ def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def compare(case: str, rows: Sequence[Row]) -> None:
+    """Prints what was measured on one case: a table per ratio, contenders by numbers of losses."""
+    counts = list(dict.fromkeys(row["K"] for row in rows))
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    for to in rows[0]["ratios"]:
+        print(f"\n{case}, relative to “{to}”\n")
+        cells = [[name, *(number(row["ratios"][to]) for row in rows if row["contender"] == name)] for name in names]
+        print(table(["step", *(f"K = {k}" for k in counts)], cells), flush=True)
+    first = [row for row in rows if row["contender"] == names[0]]
+    print("\nms of the first row: " + ", ".join(milliseconds(row["milliseconds"]) for row in first))
+
+
 def finish(rows: list[Row], options: argparse.Namespace, case: Callable[[Row], str], what: str) -> None:
     """Says what was measured on, and writes the JSON and the plot that were asked for.
 
