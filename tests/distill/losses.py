@@ -1,0 +1,72 @@
+"""Every loss in one form, for the tests of what all have in common; and strategies of what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import Tensor
+
+from distill_optim import distill
+
+LABELS = torch.tensor([0, 4, 2, 1])
+MASK = torch.tensor([True, True, False, True])
+EPS = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of two tensors, and shapes that fit."""
+
+    of: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+        value = self.of(student, teacher)
+        return (value,) if isinstance(value, Tensor) else tuple(value)
+
+    def draw(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        student, teacher = (
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+            for shape in (self.student, self.teacher)
+        )
+        return student.requires_grad_(), teacher
+
+
+def projector(student: Tensor, teacher: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    value: Tensor = distill.SubspaceProjector(5, 7).to(teacher.device, torch.float64)(student, teacher)
+    return value
+
+
+LOSSES: dict[str, Loss] = {
+    "kd": Loss(distill.kd, (4, 5), (4, 5)),
+    "KDLoss": Loss(distill.KDLoss(2.0), (4, 5), (4, 5)),
+    "kd of tokens": Loss(distill.kd, (2, 3, 5), (2, 3, 5)),
+    "kd, standardized": Loss(
+        lambda s, t: distill.kd(distill.standardize(s), distill.standardize(t), 2.0), (4, 5), (4, 5)
+    ),
+    "dkd": Loss(lambda s, t: distill.dkd(s, t, LABELS.to(t.device)), (4, 5), (4, 5)),
+    "dist": Loss(distill.dist, (4, 5), (4, 5)),
+    "hint": Loss(distill.hint, (4, 3, 2, 2), (4, 3, 2, 2)),
+    "attention_transfer": Loss(distill.attention_transfer, (4, 3, 2, 5), (4, 6, 2, 5)),
+    "rkd": Loss(distill.rkd, (4, 5), (4, 3)),
+    "generalized_jsd": Loss(lambda s, t: distill.generalized_jsd(s, t, MASK.to(t.device)), (4, 5), (4, 5)),
+    "forward kl": Loss(lambda s, t: distill.generalized_jsd(s, t, beta=0.0), (2, 3, 5), (2, 3, 5)),
+    "reverse kl": Loss(lambda s, t: distill.generalized_jsd(s, t, beta=1.0), (2, 3, 5), (2, 3, 5)),
+    "SubspaceProjector": Loss(projector, (4, 5), (4, 7)),
+}
+
+
+def matrices(rows: int = 4, columns: int = 5, largest: float = 20.0) -> st.SearchStrategy[Tensor]:
+    """Of shape (rows, columns), float64, entries of any size up to one."""
+    return arrays(np.float64, (rows, columns), elements=st.floats(-largest, largest)).map(torch.from_numpy)
+
+
+temperatures = st.floats(0.5, 10)
