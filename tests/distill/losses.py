@@ -69,4 +69,13 @@ def matrices(rows: int = 4, columns: int = 5, largest: float = 20.0) -> st.Searc
     return arrays(np.float64, (rows, columns), elements=st.floats(-largest, largest)).map(torch.from_numpy)
 
 
+def normal(rows: int = 4, columns: int = 5) -> st.SearchStrategy[Tensor]:
+    """Of shape (rows, columns), float64, none of it nearly constant and no two rows alike."""
+
+    def draw(seed: int) -> Tensor:
+        return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    return st.integers(0, 2**31).map(draw)
+
+
 temperatures = st.floats(0.5, 10)

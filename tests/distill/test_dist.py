@@ -10,30 +10,24 @@ from torch import Tensor
 
 from distill_optim.distill import DIST, dist
 from distill_optim.distill.dist import pearson_distance
-from tests.distill.losses import EPS, matrices
+from tests.distill.losses import EPS, matrices, normal
 from tests.reference import distill as reference
 
 
-@given(matrices(largest=3), matrices(largest=3), st.floats(1, 4))
+@given(normal(), normal(), st.floats(1, 4))
 def test_equals_the_reference(student: Tensor, teacher: Tensor, temperature: float) -> None:
-    y = [(z / temperature).softmax(-1) for z in (student, teacher)]
-    spread = min(float(p.std(dim).min()) for p in y for dim in (0, 1))
-    if spread < 1e-6:
-        return  # what the reference makes of rounding
     expected = torch.tensor(reference.dist(student.numpy(), teacher.numpy(), temperature), dtype=torch.float64)
-    # Rounding of the means, relative to spreads of at least 10⁻⁶; np.corrcoef cuts off at ±1.
     values = torch.stack(dist(student, teacher, temperature))
-    torch.testing.assert_close(values, expected, rtol=0, atol=100 * EPS * 1e6 * temperature**2)
+    # Rounding of the means, relative to spreads of about 10⁻³.
+    torch.testing.assert_close(values, expected, rtol=0, atol=100 * EPS * 1e3 * temperature**2)
 
 
-@given(matrices(), matrices(), st.floats(0.01, 100), st.floats(-10, 10), st.sampled_from([0, 1]))
+@given(normal(), normal(), st.floats(0.01, 100), st.floats(-10, 10), st.sampled_from([0, 1]))
 def test_no_scale_and_no_shift_shows(a: Tensor, b: Tensor, scale: float, shift: float, dim: int) -> None:
-    if min(a.std(dim).min(), b.std(dim).min()) < 1e-3:
-        return  # nearly constant: a shift of 10 takes all of its digits
-    # A spread of 0.01 · 10⁻³ keeps ε · 10 · 10⁵ of itself.
     expected = pearson_distance(a, b, dim)
-    torch.testing.assert_close(pearson_distance(scale * a + shift, b, dim), expected, rtol=0, atol=100 * EPS * 1e7)
-    torch.testing.assert_close(pearson_distance(a, scale * b + shift, dim), expected, rtol=0, atol=100 * EPS * 1e7)
+    # A shift of 10 over a spread of about 0.01 · 0.1.
+    torch.testing.assert_close(pearson_distance(scale * a + shift, b, dim), expected, rtol=0, atol=100 * EPS * 1e4)
+    torch.testing.assert_close(pearson_distance(a, scale * b + shift, dim), expected, rtol=0, atol=100 * EPS * 1e4)
 
 
 @given(matrices(), matrices())
@@ -47,7 +41,7 @@ def test_what_is_constant_has_distance_1_and_no_gradient() -> None:
     student = torch.zeros(3, 7, requires_grad=True)  # a head that starts at 0
     inter, intra = dist(student, torch.randn(3, 7))
     (inter + intra).backward()
-    assert (inter, intra) == (1, 1)
+    assert inter == intra == 1
     assert student.grad is not None
     assert (student.grad == 0).all()
 

@@ -9,41 +9,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distill_optim.distill import RKD, rkd
-from tests.distill.losses import EPS, matrices
+from tests.distill.losses import EPS, matrices, normal
 from tests.reference import distill as reference
 
 
-def apart(x: Tensor) -> bool:
-    """No two points closer than a thousandth, so that rounding of a coordinate turns no direction by much."""
-    return bool(torch.pdist(x).min() > 1e-3)
-
-
-points = matrices(5, 3).filter(apart)
-
-
-@given(points, matrices(5, 4).filter(apart))
+@given(normal(5, 3), normal(5, 4))
 def test_equals_the_reference(student: Tensor, teacher: Tensor) -> None:
     expected = torch.tensor(reference.rkd(student.numpy(), teacher.numpy()), dtype=torch.float64)
     torch.testing.assert_close(torch.stack(rkd(student, teacher)), expected, rtol=0, atol=100 * EPS)
 
 
-@given(points, points, st.floats(0.01, 100), st.floats(-10, 10), st.integers(0, 2**31))
+@given(normal(5, 3), normal(5, 3), st.floats(0.01, 100), st.floats(-10, 10), st.integers(0, 2**31))
 def test_moved_turned_and_scaled_it_is_the_same(
     student: Tensor, teacher: Tensor, scale: float, shift: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))
-    # Coordinates of up to 2000 + 10, distances from 0.01 · 10⁻³.
-    atol = 100 * EPS * 1e8
-    expected = torch.stack(rkd(student, teacher))
     moved = torch.stack(rkd(scale * student @ turn + shift, teacher))
-    torch.testing.assert_close(moved, expected, rtol=0, atol=atol)
-    torch.testing.assert_close(
-        torch.stack(rkd(turn @ turn.T @ student.T, teacher.T)),
-        torch.stack(rkd(student.T, teacher.T)),
-        rtol=0,
-        atol=atol,
-    )
+    # Coordinates of 10 over distances of about 0.01 · 0.1.
+    torch.testing.assert_close(moved, torch.stack(rkd(student, teacher)), rtol=0, atol=100 * EPS * 1e5)
 
 
 @given(matrices(5, 3), matrices(5, 3))

@@ -65,7 +65,7 @@ def attention_transfer(student: Array, teacher: Array) -> float:
 
 def huber(a: float, b: float) -> float:
     d = abs(a - b)
-    return 0.5 * d**2 if d <= 1 else d - 0.5
+    return 0.5 * d * d if d <= 1 else d - 0.5
 
 
 def rkd(student: Array, teacher: Array) -> tuple[float, float]:
