@@ -102,7 +102,7 @@ class TaskAdaptors(nn.Module):
                 )
         modes = {module: module.training for module in student.modules()}
         try:
-            widths = [channels_last(f).shape[-1] for f in _run(student, self.layers, inputs)]
+            own = _run(student, self.layers, inputs)
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -110,7 +110,8 @@ class TaskAdaptors(nn.Module):
         for task, teacher in self._teachers.items():
             taught = _run(teacher, self.layers.values(), inputs)
             self.adaptors[task] = nn.ModuleList(
-                adaptor(width, channels_last(f).shape[-1]).to(f.device) for width, f in zip(widths, taught, strict=True)
+                adaptor(channels_last(s).shape[-1], channels_last(t).shape[-1]).to(s)
+                for s, t in zip(own, taught, strict=True)
             )
 
     def forward(self, student_features: Mapping[str, Tensor], *inputs: object) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ def normalized_distance(student: Array, teacher: Array) -> float:
     for i, y, x in itertools.product(range(n), range(h), range(w)):
         s, t = student[i, :, y, x], teacher[i, :, y, x]
         total += float(((s / np.sqrt((s**2).sum() + 1e-6) - t / np.sqrt((t**2).sum() + 1e-6)) ** 2).sum())
-    return total / (n * h * w)
+    return float(total / (n * h * w))
 
 
 def projected(student: Array, teacher: Array, p: Array) -> float:
