@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from distill_optim.distill.inputs import expect_numbers, expect_positive, expect_same, pair
 from distill_optim.distill.kd import kl, log_probabilities
 
-# Numbers in flight at a time: 16 MB in float32, of which the divergence and its backward take a handful.
+# Numbers in flight at a time: 16 MB in float32, of which the divergence and its backward take a dozen.
 _CHUNK = 2**22
 
 
@@ -78,9 +78,18 @@ def divergences(student: Tensor, teacher: Tensor, beta: float, temperature: floa
     """JSD of each token, shape (...)."""
     log_q, log_p = log_probabilities(student, temperature), log_probabilities(teacher, temperature)
     # log m; at either end it is the other side's own logarithm, and so one of the two terms vanishes.
-    log_beta, log_rest = (log_p.new_tensor(x).log() for x in (beta, 1 - beta))
+    log_beta, log_rest = (log_p.new_full((), x).log() for x in (beta, 1 - beta))
     log_m = torch.logaddexp(log_p + log_beta, log_q + log_rest)
     return (beta or 1) * kl(log_p, log_m) + ((1 - beta) or 1) * kl(log_q, log_m)
+
+
+def _unravel(rows: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """Where flat rows lie in a shape. (torch.unravel_index sends the shape to the device, and waits for that.)"""
+    index: tuple[Tensor, ...] = ()
+    for size in reversed(shape):
+        index = (rows % size, *index)
+        rows = rows // size
+    return index
 
 
 def _pieces(student: Tensor, teacher: Tensor, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -88,7 +97,7 @@ def _pieces(student: Tensor, teacher: Tensor, mask: Tensor) -> Iterator[tuple[sl
     rows = max(_CHUNK // max(student.shape[-1], 1), 1)
     for start in range(0, mask.numel(), rows):
         where = slice(start, min(start + rows, mask.numel()))
-        index = torch.unravel_index(torch.arange(where.start, where.stop, device=mask.device), mask.shape)
+        index = _unravel(torch.arange(where.start, where.stop, device=mask.device), mask.shape)
         counts = mask[index]
         logits, target = (x[index].masked_fill(~counts[:, None], 0) for x in (student, teacher))
         yield where, logits, target, counts

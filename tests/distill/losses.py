@@ -13,8 +13,10 @@ from torch import Tensor
 
 from distill_optim import distill
 
-LABELS = torch.tensor([0, 4, 2, 1])
-MASK = torch.tensor([True, True, False, True])
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+LABELS = {device: torch.tensor([0, 4, 2, 1], device=device) for device in DEVICES}
+MASK = {device: torch.tensor([True, True, False, True], device=device) for device in DEVICES}
+PROJECTOR = {device: distill.SubspaceProjector(5, 7).to(device, torch.float64) for device in DEVICES}
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -39,12 +41,6 @@ class Loss:
         return student.requires_grad_(), teacher
 
 
-def projector(student: Tensor, teacher: Tensor) -> Tensor:
-    torch.manual_seed(0)
-    value: Tensor = distill.SubspaceProjector(5, 7).to(teacher.device, torch.float64)(student, teacher)
-    return value
-
-
 LOSSES: dict[str, Loss] = {
     "kd": Loss(distill.kd, (4, 5), (4, 5)),
     "KDLoss": Loss(distill.KDLoss(2.0), (4, 5), (4, 5)),
@@ -52,15 +48,15 @@ LOSSES: dict[str, Loss] = {
     "kd, standardized": Loss(
         lambda s, t: distill.kd(distill.standardize(s), distill.standardize(t), 2.0), (4, 5), (4, 5)
     ),
-    "dkd": Loss(lambda s, t: distill.dkd(s, t, LABELS.to(t.device)), (4, 5), (4, 5)),
+    "dkd": Loss(lambda s, t: distill.dkd(s, t, LABELS[t.device.type]), (4, 5), (4, 5)),
     "dist": Loss(distill.dist, (4, 5), (4, 5)),
     "hint": Loss(distill.hint, (4, 3, 2, 2), (4, 3, 2, 2)),
     "attention_transfer": Loss(distill.attention_transfer, (4, 3, 2, 5), (4, 6, 2, 5)),
     "rkd": Loss(distill.rkd, (4, 5), (4, 3)),
-    "generalized_jsd": Loss(lambda s, t: distill.generalized_jsd(s, t, MASK.to(t.device)), (4, 5), (4, 5)),
+    "generalized_jsd": Loss(lambda s, t: distill.generalized_jsd(s, t, MASK[t.device.type]), (4, 5), (4, 5)),
     "forward kl": Loss(lambda s, t: distill.generalized_jsd(s, t, beta=0.0), (2, 3, 5), (2, 3, 5)),
     "reverse kl": Loss(lambda s, t: distill.generalized_jsd(s, t, beta=1.0), (2, 3, 5), (2, 3, 5)),
-    "SubspaceProjector": Loss(projector, (4, 5), (4, 7)),
+    "SubspaceProjector": Loss(lambda s, t: PROJECTOR[t.device.type](s, t), (4, 5), (4, 7)),
 }
 
 

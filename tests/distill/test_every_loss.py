@@ -76,6 +76,18 @@ def test_autocast_changes_nothing(loss: Loss, device: str) -> None:
     assert all(map(torch.equal, values, expected))
 
 
+@pytest.mark.cuda
+@every_loss
+def test_no_loss_waits_for_a_gpu(loss: Loss) -> None:
+    student, teacher = loss.draw(torch.float32, "cuda")
+    torch.stack(loss(student, teacher)).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.stack(loss(student, teacher)).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @every_loss
 def test_a_student_and_a_teacher_of_two_dtypes(loss: Loss) -> None:
     student, teacher = loss.draw()
