@@ -64,6 +64,7 @@ class TaskAdaptors(nn.Module):
             nn.Linear(t, t))``.
 
     Raises:
+        TypeError: for one string in the place of several layers, or a layer that returns no tensor.
         ValueError: for a layer that is not there, a task with a dot in its name, no task or no layer.
 
     Example:
@@ -88,9 +89,10 @@ class TaskAdaptors(nn.Module):
         adaptor: Callable[[int, int], nn.Module] = linear,
     ) -> None:
         super().__init__()
+        if isinstance(layers, str):
+            raise TypeError(f"layers={layers!r}: expected several names; for one layer give [{layers!r}]")
         self.layers = dict(layers) if isinstance(layers, Mapping) else {name: name for name in layers}
-        # In a plain dict they are no submodules.
-        self._teachers = {task: teacher.requires_grad_(False) for task, teacher in teachers.items()}
+        self._teachers = dict(teachers)  # in a plain dict they are no submodules
         if not self.layers or not self._teachers:
             raise ValueError(
                 f"teachers: {len(self._teachers)} of them, layers: {len(self.layers)}; give at least one of each"
@@ -113,6 +115,8 @@ class TaskAdaptors(nn.Module):
                 adaptor(channels_last(s).shape[-1], channels_last(t).shape[-1]).to(s)
                 for s, t in zip(own, taught, strict=True)
             )
+        for teacher in self._teachers.values():
+            teacher.requires_grad_(False)
 
     def forward(self, student_features: Mapping[str, Tensor], *inputs: object) -> dict[str, Tensor]:
         """The distance of each task, scalars in float32 or wider, with the teachers run on the same inputs."""

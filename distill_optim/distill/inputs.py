@@ -103,7 +103,7 @@ def centred_unit(x: Tensor, dim: int = -1) -> Tensor:
     """
     centred = x - x.mean(dim, keepdim=True)
     with torch.no_grad():
-        # A mean of n numbers of one size is off by some ε of it, at most n; so √n ε ‖x‖ is what n differences may be.
+        # Of a constant each difference is about ε |x|, and all of them ε ‖x‖; √n is for the error of the mean.
         rounding = x.shape[dim] ** 0.5 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(x, dim=dim, keepdim=True)
         constant = torch.linalg.vector_norm(centred, dim=dim, keepdim=True) <= rounding
     return unit(centred.masked_fill(constant, 0), dim)

@@ -94,8 +94,8 @@ def _unravel(rows: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
 
 def _pieces(student: Tensor, teacher: Tensor, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Some tokens at a time: which of them, and their logits and mask; a padded token's logits are 0."""
-    rows = max(_CHUNK // max(student.shape[-1], 1), 1)
-    for start in range(0, mask.numel(), rows):
+    rows = max(_CHUNK // student.shape[-1], 1)
+    for start in range(0, max(mask.numel(), 1), rows):
         where = slice(start, min(start + rows, mask.numel()))
         index = _unravel(torch.arange(where.start, where.stop, device=mask.device), mask.shape)
         counts = mask[index]

@@ -17,6 +17,8 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 LABELS = {device: torch.tensor([0, 4, 2, 1], device=device) for device in DEVICES}
 MASK = {device: torch.tensor([True, True, False, True], device=device) for device in DEVICES}
 PROJECTOR = {device: distill.SubspaceProjector(5, 7).to(device, torch.float64) for device in DEVICES}
+for made in PROJECTOR.values():
+    torch.nn.init.normal_(made.free, std=0.4, generator=torch.Generator(made.free.device).manual_seed(1))
 EPS = torch.finfo(torch.float64).eps
 
 

@@ -194,5 +194,9 @@ def test_what_does_not_fit_is_refused() -> None:
         TaskAdaptors(student, {}, ["0"], x)
     with pytest.raises(ValueError, match="names: the model has no layer '1'"):
         TaskAdaptors(student, {"task": teacher}, ["1"], x)
+    with pytest.raises(TypeError, match=r"layers='0': expected several names; for one layer give \['0'\]"):
+        TaskAdaptors(student, {"task": teacher}, "0", x)
+    assert teacher.training
+    assert teacher[0].weight.requires_grad
     with pytest.raises(ValueError, match=r"teacher: shape \(4, 5\), but the student's is \(2, 5\); after the adaptor"):
         TaskAdaptors(student, {"task": teacher}, ["0"], x)({"0": torch.randn(2, 3)}, x)

@@ -119,9 +119,10 @@ def test_what_does_not_count_may_be_anything(beta: float) -> None:
     assert (spoilt.grad[~mask] == 0).all()
 
 
-def test_no_token_that_counts_is_zero() -> None:
-    student = torch.randn(4, 5, requires_grad=True)
-    value = generalized_jsd(student, torch.randn(4, 5), torch.zeros(4, dtype=torch.bool))
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_no_token_that_counts_is_zero(tokens: int) -> None:
+    student = torch.randn(2, tokens, 5, requires_grad=True)
+    value = generalized_jsd(student, torch.randn(2, tokens, 5), torch.zeros(2, tokens, dtype=torch.bool))
     value.backward()
     assert value == 0
     assert student.grad is not None
