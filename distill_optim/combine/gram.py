@@ -12,10 +12,10 @@ from torch import Tensor
 
 from distill_optim.sharding import Shards, add_up, local
 
-# Elements that are cast to float64 at a time: on a CPU small enough to stay in the cache between the cast and
-# the products, on an accelerator large enough that the number of launches stays small.
-_BUCKET = {"cpu": 1 << 18}
-_BUCKET_ACCELERATOR = 1 << 22
+# Numbers that are held in float64 at a time, of all gradients together: on a CPU few enough to stay in the cache between
+# the cast and the products, on an accelerator enough that the number of launches stays small.
+_BUCKET = {"cpu": 1 << 20}
+_BUCKET_ACCELERATOR = 1 << 24
 
 
 def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
@@ -75,6 +75,7 @@ def _products(columns: Sequence[Sequence[Tensor]], bucket: int) -> Tensor:
     entry to entry, so that equal gradients would not have equal products.
     """
     k, device = len(columns[0]), columns[0][0].device
+    bucket = max(bucket // k, 1)
     size = min(bucket, sum(column[0].numel() for column in columns))
     # Every row begins at a multiple of 64 bytes: where a sum begins is where its order begins too.
     rows = torch.empty((k, -(-size // 8) * 8), dtype=torch.float64, device=device)
