@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill_optim.sharding import Shards, add_up, local
 
-# Numbers that are held in float64 at a time, of all gradients together: on a CPU few enough to stay in the cache between
+# Numbers held in float64 at a time, of all gradients together: on a CPU few enough to stay in the cache between
 # the cast and the products, on an accelerator enough that the number of launches stays small.
 _BUCKET = {"cpu": 1 << 20}
 _BUCKET_ACCELERATOR = 1 << 24
