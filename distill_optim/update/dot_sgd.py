@@ -9,6 +9,8 @@ from typing import cast
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from distill_optim.update import triton_dot_sgd
+
 
 def dot_sgd(
     params: Sequence[Tensor],
@@ -35,6 +37,9 @@ def dot_sgd(
     gradient. Weight decay enters with the first loss that reaches the parameter. (The authors' code forgets it
     in the first step of a parameter that only the distillation loss reaches; this does not.)
 
+    With ``fused`` on a GPU one kernel of our own takes all losses at once, where it can
+    (:func:`~distill_optim.update.triton_dot_sgd.supported`).
+
     Args:
         params: P parameters, updated.
         gradients: K sequences of P gradients, None where loss i does not reach parameter p. Nesterov's foreach
@@ -46,6 +51,32 @@ def dot_sgd(
         gains: factor c of each loss's buffer where several losses reach the parameter, length K.
         dampening: τ. weight_decay, nesterov, maximize, foreach, fused: as in ``torch.optim.SGD``.
     """
+    kernel_takes_it = (
+        fused is True
+        and not foreach  # together they are an error, which is torch's to raise
+        and triton_dot_sgd.supported(
+            params,
+            gradients,
+            buffers,
+            lr=lr,
+            numbers=(momentum, *momenta, *gains, dampening, weight_decay),
+        )
+    )
+    if kernel_takes_it:
+        triton_dot_sgd.dot_sgd(
+            params,
+            gradients,
+            buffers,
+            lr=lr,
+            momentum=momentum,
+            momenta=momenta,
+            gains=gains,
+            dampening=dampening,
+            weight_decay=cast(float, weight_decay),
+            nesterov=nesterov,
+            maximize=maximize,
+        )
+        return
     reach = [sum(g is not None for g in column) for column in zip(*gradients, strict=True)]
     decayed: set[int] = set()
     for loss, (grads, bufs) in enumerate(zip(gradients, buffers, strict=True)):

@@ -1,0 +1,249 @@
+"""DOT's update in one launch for any number of tensors: the tables that its kernel reads, and what it can take."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+# Where the kernel runs for real. (Tests add the CPU, for Triton's interpreter.)
+_DEVICES = frozenset({"cuda"})
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def supported(
+    params: Sequence[Tensor],
+    gradients: Sequence[Sequence[Tensor | None]],
+    buffers: Sequence[Sequence[Tensor | None]],
+    *,
+    lr: float | Tensor,
+    numbers: Sequence[Any],
+) -> bool:
+    """Whether one launch per device and dtype can take this step; nothing on a device is read for the answer.
+
+    Args:
+        params, gradients, buffers, lr: as in :func:`~distill_optim.update.dot_sgd`.
+        numbers: the other hyperparameters; a tensor among them would have to be read.
+    """
+    if not params or torch.compiler.is_compiling() or not _has_triton():
+        return False
+    if any(isinstance(number, Tensor) for number in numbers):
+        return False
+    if isinstance(lr, Tensor) and (lr.requires_grad or lr.numel() != 1 or not lr.is_floating_point()):
+        return False
+    # The tables are copied from host memory, which a replayed graph would read again after it was given back.
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    for p, param in enumerate(params):
+        whole = _part(param)
+        if whole is None or whole.device.type not in _DEVICES or whole.dtype not in _DTYPES or not _dense(whole):
+            return False
+        if on_device and lr.device != whole.device:  # type: ignore[union-attr]  # on_device says that it is a tensor
+            return False
+        for other in (column[p] for column in (*gradients, *buffers)):
+            if other is not None and not _walks_along(whole, _part(other, like=param)):
+                return False
+    return True
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _part(tensor: Tensor, like: Tensor | None = None) -> Tensor | None:
+    """What this process holds of a tensor, in the same memory; None for a kind of tensor that has no memory of its
+    own, or that is cut in another way than ``like``.
+    """
+    if type(tensor) in (Tensor, Parameter):
+        return tensor if tensor.layout is torch.strided else None
+    if not hasattr(tensor, "placements"):
+        return None
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor) or any(placement.is_partial() for placement in tensor.placements):
+        return None
+    if like is not None and not (
+        isinstance(like, DTensor) and tensor.placements == like.placements and tensor.device_mesh == like.device_mesh
+    ):
+        return None
+    return _part(tensor._local_tensor)
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements lie side by side, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _walks_along(param: Tensor, other: Tensor | None) -> bool:
+    """Whether the n-th element in memory is the same one in both, for a dense ``param``."""
+    return (
+        other is not None
+        and other.device == param.device
+        and other.dtype == param.dtype
+        and other.shape == param.shape
+        and (other.stride() == param.stride() or (other.is_contiguous() and param.is_contiguous()))
+        and not (other.is_conj() or other.is_neg())
+    )
+
+
+def dot_sgd(
+    params: Sequence[Tensor],
+    gradients: Sequence[Sequence[Tensor | None]],
+    buffers: Sequence[list[Tensor | None]],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    momenta: Sequence[float],
+    gains: Sequence[float],
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    """The step of :func:`~distill_optim.update.dot_sgd`, in one launch per device and dtype.
+
+    The parameter and each loss's gradient are read once, each buffer is read and written once: 3K + 2 words per
+    parameter. Arithmetic is in float32 for half precision. Gradients are only read.
+
+    Args:
+        All as in :func:`~distill_optim.update.dot_sgd`, and such that :func:`supported` holds.
+    """
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        lr = lr.item()
+    batches: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for p, param in enumerate(params):
+        if any(grads[p] is not None for grads in gradients):
+            batches[param.device, param.dtype].append(p)
+    for positions in batches.values():
+        written: list[Tensor] = []
+        rows: list[int] = []
+        sizes: list[int] = []
+        for p in positions:
+            param = params[p]
+            reached = [grads[p] is not None for grads in gradients]
+            own = [m if sum(reached) > 1 else momentum for m in momenta]
+            # Without momentum there is no buffer, as in torch.
+            kept = [here and m != 0 for here, m in zip(reached, own, strict=True)]
+            fresh = [new and bufs[p] is None for new, bufs in zip(kept, buffers, strict=True)]
+            for new, bufs in zip(fresh, buffers, strict=True):
+                if new:
+                    bufs[p] = torch.empty_like(param, requires_grad=False, memory_format=torch.preserve_format)
+            part = _address_of(param)
+            sizes.append(part[1])
+            rows += part
+            rows += (_address_of(grads[p])[0] for grads in gradients)
+            rows += (_address_of(bufs[p])[0] if keep else 0 for keep, bufs in zip(kept, buffers, strict=True))
+            rows += fresh
+            written.append(param)
+            written += (b for keep, b in zip(kept, (bufs[p] for bufs in buffers), strict=True) if keep and b is not None)
+        _launch(
+            params[positions[0]],
+            rows,
+            sizes,
+            numbers=(momentum, 1 - dampening, weight_decay, 0.0 if isinstance(lr, Tensor) else lr, *momenta, *gains),
+            lr=lr if isinstance(lr, Tensor) else None,
+            k=len(momenta),
+            nesterov=nesterov,
+            maximize=maximize,
+        )
+        _bump(written)
+
+
+def _address_of(tensor: Tensor | None) -> tuple[int, int]:
+    """Where the elements that this process holds lie, and how many there are; (0, 0) for none."""
+    if tensor is None:
+        return 0, 0
+    part = _part(tensor)
+    assert part is not None
+    return part.data_ptr(), part.numel()
+
+
+def _launch(
+    example: Tensor,
+    rows: list[int],
+    sizes: list[int],
+    *,
+    numbers: tuple[float, ...],
+    lr: Tensor | None,
+    k: int,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    from distill_optim.update import kernels
+
+    device = example.device
+    row_of, chunk_of = _chunks(tuple(sizes), kernels.BLOCK, device, _stream(device))
+    programs = row_of.numel()
+    if programs == 0:
+        return
+    stored, computed = kernels.PRECISION[str(example.dtype).removeprefix("torch.")]
+    numbers_there = _there(numbers, torch.float64, device, _stream(device))
+    # Triton launches on the current device, whatever the tensors' is.
+    with torch.cuda.device(device) if device.type == "cuda" else torch.autograd.profiler.record_function("dot_sgd"):
+        kernels.dot_sgd[(programs,)](
+            _there(tuple(rows), torch.int64, device, _stream(device)),
+            row_of,
+            chunk_of,
+            numbers_there,
+            numbers_there if lr is None else lr,
+            K=k,
+            LR_IS_TENSOR=lr is not None,
+            DECAY=numbers[2] != 0,
+            NESTEROV=nesterov,
+            MAXIMIZE=maximize,
+            DTYPE=stored,
+            COMPUTE=computed,
+            BLOCK=kernels.BLOCK,
+            num_warps=kernels.WARPS,
+        )
+
+
+def _stream(device: torch.device) -> int:
+    """The stream that a table was copied on is part of its name: on another one the copy might not have arrived."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+@lru_cache(maxsize=16)
+def _there(values: tuple[float, ...], dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
+    """These numbers on a device. Equal numbers are the same table, so one is copied only when something has moved;
+    autograd's gradients mostly come to lie where the last step's did.
+    """
+    return _copied(torch.tensor(values, dtype=dtype), device)
+
+
+@lru_cache(maxsize=16)
+def _chunks(sizes: tuple[int, ...], block: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    """For each program the row of its tensor, and which chunk of that tensor it updates."""
+    counts = (torch.tensor(sizes) + block - 1) // block
+    rows = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    chunks = torch.arange(rows.numel()) - (counts.cumsum(0) - counts)[rows]
+    return _copied(rows.int(), device), _copied(chunks.int(), device)
+
+
+def _copied(table: Tensor, device: torch.device) -> Tensor:
+    # From pinned memory, so that the host need not wait for the device to arrive there; torch gives such memory back
+    # only after the copy.
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+
+
+def _bump(written: list[Tensor]) -> None:
+    """Tells autograd, which sees no kernel: a graph that still needs an old value then says so."""
+    counted = [t for t in written if not t.is_inference()]
+    counted += [part for t in counted if type(t) not in (Tensor, Parameter) and (part := _part(t)) is not None]
+    torch.autograd.graph.increment_version(counted)
