@@ -12,8 +12,8 @@ BLOCK = 2048
 WARPS = 8
 
 
-@triton.jit
-def dot_sgd(  # type: ignore[no-untyped-def]  # triton gives what is not annotated the type of what it is called with
+@triton.jit  # type: ignore[untyped-decorator]  # triton's, whose types nobody checks
+def dot_sgd(  # type: ignore[no-untyped-def]  # the compiler takes types from the call
     rows,
     row_of,
     chunk_of,
@@ -47,7 +47,7 @@ def dot_sgd(  # type: ignore[no-untyped-def]  # triton gives what is not annotat
         _dot_sgd_chunk(row, start, size, numbers, lr, K, DECAY, NESTEROV, MAXIMIZE, DTYPE, COMPUTE, BLOCK, False)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # as above
 def _dot_sgd_chunk(  # type: ignore[no-untyped-def]  # as above
     row,
     start,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def supported(
         params, gradients, buffers, lr: as in :func:`~distill_optim.update.dot_sgd`.
         numbers: the other hyperparameters; a tensor among them would have to be read.
     """
-    if not params or torch.compiler.is_compiling() or not _has_triton():
+    if not params or any(param.device.type not in _DEVICES for param in params) or torch.compiler.is_compiling():
         return False
     if any(isinstance(number, Tensor) for number in numbers):
         return False
@@ -40,28 +40,48 @@ def supported(
     # The tables are copied from host memory, which a replayed graph would read again after it was given back.
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
-    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
     for p, param in enumerate(params):
         whole = _part(param)
-        if whole is None or whole.device.type not in _DEVICES or whole.dtype not in _DTYPES or not _dense(whole):
+        if whole is None or whole.dtype not in _DTYPES or not _dense(whole):
             return False
-        if on_device and lr.device != whole.device:  # type: ignore[union-attr]  # on_device says that it is a tensor
+        if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != whole.device:
             return False
         for other in (column[p] for column in (*gradients, *buffers)):
             if other is not None and not _walks_along(whole, _part(other, like=param)):
                 return False
-    return True
+    return all(_runs_on(device) for device in {param.device for param in params})
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _runs_on(device: torch.device) -> bool:
+    """Whether Triton is there and can build and start the kernel: it may lack a C compiler, or not know the GPU."""
+    try:
+        import triton  # noqa: F401  # only whether it is there
+    except ImportError:
+        return False
+    try:
+        with torch.no_grad():
+            p, g = torch.zeros(1, device=device), torch.zeros(1, device=device)
+            dot_sgd(
+                [p], [[g]], [[None]], lr=0.1, momentum=0.9, momenta=[0.9], gains=[1], dampening=0, weight_decay=0,
+                nesterov=False, maximize=False,
+            )  # fmt: skip
+    except Exception as error:
+        warnings.warn(
+            f"fused=True: Triton cannot run DOT's kernel on {device}, so torch's fused SGD takes its place, once per "
+            f"loss. Triton says: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _part(tensor: Tensor, like: Tensor | None = None) -> Tensor | None:
     """What this process holds of a tensor, in the same memory; None for a kind of tensor that has no memory of its
     own, or that is cut in another way than ``like``.
     """
+    if like is not None and hasattr(like, "placements") != hasattr(tensor, "placements"):
+        return None
     if type(tensor) in (Tensor, Parameter):
         return tensor if tensor.layout is torch.strided else None
     if not hasattr(tensor, "placements"):
@@ -124,7 +144,7 @@ def dot_sgd(
     Args:
         All as in :func:`~distill_optim.update.dot_sgd`, and such that :func:`supported` holds.
     """
-    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+    if isinstance(lr, Tensor) and lr.device.type == "cpu" != params[0].device.type:
         lr = lr.item()
     batches: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for p, param in enumerate(params):
@@ -151,7 +171,9 @@ def dot_sgd(
             rows += (_address_of(bufs[p])[0] if keep else 0 for keep, bufs in zip(kept, buffers, strict=True))
             rows += fresh
             written.append(param)
-            written += (b for keep, b in zip(kept, (bufs[p] for bufs in buffers), strict=True) if keep and b is not None)
+            written += (
+                b for keep, b in zip(kept, (bufs[p] for bufs in buffers), strict=True) if keep and b is not None
+            )
         _launch(
             params[positions[0]],
             rows,

@@ -1,0 +1,448 @@
+"""DOT's kernel: on the CPU by Triton's interpreter, on a GPU for real, against torch's for-loop path."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill_optim import DOTSGD
+from distill_optim.update import dot_sgd, triton_dot_sgd
+from tests.helpers import assert_same_bits, batches, flat, student, train, two_losses
+
+triton = pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA and with the extra test")
+
+# Not at the top: it imports Triton.
+from distill_optim.update import kernels  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = pytest.mark.skipif(
+    not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a GPU or TRITON_INTERPRET=1, and the variable was set to something else",
+)
+
+BLOCK = kernels.BLOCK
+SHAPES: list[tuple[int, ...]] = [(3, 5), (), (0, 3), (1,), (BLOCK - 1,), (2, BLOCK), (BLOCK + 1,), (7,), (2,), (5,)]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"weight_decay": 0.1},
+    {"dampening": 0.3},
+    {"nesterov": True, "weight_decay": 0.1},
+    {"maximize": True, "weight_decay": 0.1, "dampening": 0.3},
+    {"gains": [0.3, 1.0, 2.0, 0.7]},
+    {"momentum": 0.0},
+    {"momenta": [0.0, 0.9, 0.5, 0.0], "weight_decay": 0.1},
+    {"lr": torch.tensor(0.07)},
+    {"lr": torch.tensor([0.07], dtype=torch.float64), "gains": [0.3, 1.0, 2.0, 0.7]},
+]
+
+
+@pytest.fixture(autouse=True)
+def _also_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_dot_sgd, "_DEVICES", frozenset({"cpu", "cuda"}))
+    if not ON_GPU:
+        # Interpreted, a multiply-add is a product and a sum, both rounded. In float64 a product of float32 is exact.
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
+            total = x.data.astype("float64") * y.data + z.data
+            return TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
+        # And bfloat16, which numpy lacks, is cut off where a GPU rounds.
+        cut = InterpreterBuilder.create_fp_trunc
+
+        def rounded(self: Any, x: Any, dtype: Any) -> Any:
+            if dtype.scalar != triton.language.bfloat16:
+                return cut(self, x, dtype)
+            bits = torch.from_numpy(x.data).bfloat16().view(torch.int16).numpy().view("uint16")
+            return TensorHandle(bits, dtype.scalar)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_fma", fused)
+        monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", rounded)
+
+
+def options(k: int, given: dict[str, Any]) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "lr": 0.1, "momentum": 0.9, "momenta": [0.8, 0.95, 0.9, 0.5], "gains": [1.0] * 4, "dampening": 0.0,
+        "weight_decay": 0.0, "nesterov": False, "maximize": False,
+    }  # fmt: skip
+    chosen = defaults | given
+    return chosen | {"momenta": chosen["momenta"][:k], "gains": chosen["gains"][:k]}
+
+
+def random_step(shapes: list[Any], k: int, dtype: torch.dtype, step: int) -> list[list[Tensor | None]]:
+    """One gradient per loss and parameter; some losses miss some parameters, another in each step."""
+    return [
+        [
+            None if k > 1 and (p + i + step) % 4 == 0 else torch.randn(shape, dtype=torch.float64).to(dtype)
+            for p, shape in enumerate(shapes)
+        ]
+        for i in range(k)
+    ]
+
+
+def to(column: Any, device: str, dtype: torch.dtype) -> list[Any]:
+    return [None if t is None else t.detach().clone().to(device, dtype) for t in column]
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.float64), (4, torch.float32)]
+)
+@pytest.mark.parametrize("given", OPTIONS, ids=str)
+def test_the_kernel_takes_the_steps_of_the_for_loop(k: int, given: dict[str, Any], dtype: torch.dtype) -> None:
+    """In float32 bit for bit on the interpreter, because the kernel rounds where torch does. In float64 the
+    interpreter has no exact multiply-add, and on a GPU torch's reference runs on the CPU, so that a few ulps are left.
+    """
+    chosen = options(k, given)
+    start = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+    theirs, ours = to(start, "cpu", dtype), to(start, DEVICE, dtype)
+    their_buffers: list[list[Any]] = [[None] * len(SHAPES) for _ in range(k)]
+    our_buffers: list[list[Any]] = [[None] * len(SHAPES) for _ in range(k)]
+    for step in range(3):
+        gradients = random_step(SHAPES, k, dtype, step)
+        dot_sgd(theirs, gradients, their_buffers, **chosen, foreach=False, fused=False)
+        there = {**chosen, "lr": chosen["lr"].to(DEVICE) if isinstance(chosen["lr"], Tensor) else chosen["lr"]}
+        triton_dot_sgd.dot_sgd(ours, [to(column, DEVICE, dtype) for column in gradients], our_buffers, **there)
+    for mine, yours in zip([ours, *our_buffers], [theirs, *their_buffers], strict=True):
+        assert [b is None for b in mine] == [b is None for b in yours]
+        # A tensor lr times a gain is rounded by torch, and not by the kernel.
+        if dtype is torch.float32 and not ON_GPU and not isinstance(chosen["lr"], Tensor):
+            assert_same_bits([b for b in mine if b is not None], [b for b in yours if b is not None])
+        rtol, atol = (1e-5, 1e-6) if dtype is torch.float32 else (1e-13, 1e-14)
+        for mine_, yours_ in zip(mine, yours, strict=True):
+            if mine_ is not None:
+                torch.testing.assert_close(mine_.cpu(), yours_, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("given", OPTIONS[:6], ids=str)
+@pytest.mark.parametrize("k", [1, 3])
+def test_half_precision_is_computed_in_float32(k: int, given: dict[str, Any], dtype: torch.dtype) -> None:
+    """Each step is the for-loop's in float32, then rounded: the buffers once (half an ulp, plus what float32 does at
+    a tie), the parameter once per loss that reaches it.
+    """
+    chosen = options(k, given)
+    ours = to([torch.randn(shape) for shape in SHAPES], DEVICE, dtype)
+    buffers: list[list[Any]] = [[None] * len(SHAPES) for _ in range(k)]
+    ulp = torch.finfo(dtype).eps
+    for step in range(3):
+        gradients = random_step(SHAPES, k, dtype, step)
+        theirs = to(ours, "cpu", torch.float32)
+        their_buffers = [to(column, "cpu", torch.float32) for column in buffers]
+        wide = [to(column, "cpu", torch.float32) for column in gradients]
+        dot_sgd(theirs, wide, their_buffers, **chosen, foreach=False, fused=False)
+        triton_dot_sgd.dot_sgd(ours, [to(column, DEVICE, dtype) for column in gradients], buffers, **chosen)
+        for mine, yours in zip(ours, theirs, strict=True):
+            # The value may pass through a larger one between two losses: |θ| stays below 8.
+            torch.testing.assert_close(mine.cpu().float(), yours, rtol=0, atol=k * ulp / 2 * 8)
+        # From the second loss on weight decay is off, so the buffers see no rounding but their own.
+        for mine_column, yours_column in zip(buffers, their_buffers, strict=True):
+            for mine, yours in zip(mine_column, yours_column, strict=True):
+                if mine is not None:
+                    assert mine.dtype == dtype
+                    torch.testing.assert_close(mine.cpu().float(), yours, rtol=ulp * 0.51, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_one_fused_sgd_after_the_other(dtype: torch.dtype) -> None:
+    """Between two losses a parameter is rounded, as two optimizers would: 1 + 3/4 ulp + 3/4 ulp is 1 + 2 ulp then."""
+    ulp = torch.finfo(dtype).eps
+    p = torch.ones(BLOCK + 3, dtype=dtype, device=DEVICE)
+    g = torch.full_like(p, -0.75 * ulp)
+    triton_dot_sgd.dot_sgd([p], [[g], [g]], [[None], [None]], **options(2, {"lr": 1.0}))
+    assert torch.equal(p.cpu().double(), torch.full(p.shape, 1 + 2 * ulp, dtype=torch.float64))
+
+
+def test_memory_that_is_not_aligned_and_not_row_by_row() -> None:
+    """Views into the middle of an allocation; transposed and channels-last parameters."""
+
+    def made(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        return [
+            torch.randn(BLOCK + 3)[3:],
+            torch.randn(3 * BLOCK)[1 : 2 * BLOCK + 1],
+            torch.randn(40, 60).t(),
+            torch.randn(2, 3, 5, 5).to(memory_format=torch.channels_last),
+        ]
+
+    theirs, ours = made(0), [p.to(DEVICE) for p in made(0)]
+    their_buffers: list[list[Any]] = [[None] * 4 for _ in range(2)]
+    our_buffers: list[list[Any]] = [[None] * 4 for _ in range(2)]
+    chosen = options(2, {"weight_decay": 0.1})
+    for step in range(3):
+        gradients = [made(10 + step), made(20 + step)]
+        there = [[g.to(DEVICE) for g in column] for column in gradients]
+        assert triton_dot_sgd.supported(ours, there, our_buffers, lr=0.1, numbers=[0.9])
+        dot_sgd(theirs, gradients, their_buffers, **chosen, foreach=False, fused=False)
+        triton_dot_sgd.dot_sgd(ours, there, our_buffers, **chosen)
+    for mine, yours in zip([*ours, *chain(*our_buffers)], [*theirs, *chain(*their_buffers)], strict=True):
+        assert mine is not None
+        assert yours is not None
+        assert mine.stride() == yours.stride()
+        torch.testing.assert_close(mine.cpu(), yours, rtol=1e-5, atol=1e-6)
+
+
+def test_many_small_tensors_and_a_large_one() -> None:
+    sizes = [i % 9 for i in range(60)] + [4 * BLOCK + 5]
+    p = [torch.randn(n, device=DEVICE) for n in sizes]
+    g = [[torch.randn(n, device=DEVICE) for n in sizes] for _ in range(2)]
+    expected = [x - 0.1 * a - 0.1 * b for x, a, b in zip(p, *g, strict=True)]
+    triton_dot_sgd.dot_sgd(p, g, [[None] * 61, [None] * 61], **options(2, {}))
+    for mine, yours in zip(p, expected, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- inside the optimizer
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The dtype of every launch of the kernel, one by one."""
+    seen: list[torch.dtype] = []
+    launch = triton_dot_sgd._launch
+
+    def spy(example: Tensor, *args: Any, **kwargs: Any) -> None:
+        seen.append(example.dtype)
+        launch(example, *args, **kwargs)
+
+    triton_dot_sgd._runs_on(torch.empty(0, device=DEVICE).device)  # tries the kernel, once
+    monkeypatch.setattr(triton_dot_sgd, "_launch", spy)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"weight_decay": 0.01, "gain": "matched"}, {"nesterov": True}, {"lr": torch.tensor(0.05)}], ids=str
+)
+def test_fused_is_one_launch_per_step(launches: list[torch.dtype], flags: dict[str, Any]) -> None:
+    """Plain steps, which are torch's, in between: both keep the same buffers."""
+    models = [student().to(DEVICE) for _ in range(2)]
+    xs = [x.to(DEVICE) for x in batches(4)]
+    for model, how in zip(models, ({"fused": True}, {"foreach": False}), strict=True):
+        optimizer: Any = DOTSGD(model.parameters(), **{"lr": 0.05, "maximize": False} | how | flags)
+        train(optimizer, model, xs)
+        train(optimizer, model, xs[:1], plain=True)
+        train(optimizer, model, xs)
+    assert launches == [torch.float32] * 8
+    torch.testing.assert_close(flat(models[0].parameters()), flat(models[1].parameters()), rtol=1e-5, atol=1e-6)
+
+
+def test_one_launch_per_dtype(launches: list[torch.dtype]) -> None:
+    params = [
+        nn.Parameter(torch.ones(i % 5 + 1, device=DEVICE, dtype=d))
+        for i in range(30)
+        for d in (torch.float32, torch.bfloat16)
+    ]
+    wide = torch.cat([p.float() for p in params])
+    DOTSGD(params, lr=0.1, fused=True).step([wide.sum(), wide.square().sum()])
+    assert sorted(map(str, launches)) == ["torch.bfloat16", "torch.float32"]
+    assert all(p[0].item() == pytest.approx(1 - 0.1 * (1 + 2), rel=1e-2) for p in params)
+
+
+def test_a_stepped_parameter_in_a_kept_graph_is_noticed(launches: list[torch.dtype]) -> None:
+    p = nn.Parameter(torch.ones(3, device=DEVICE))
+    kept = p.square().sum()
+    optimizer = DOTSGD([p], lr=0.1, fused=True)
+    optimizer.step([p.sum(), p.square().sum()])
+    assert launches
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+    buffers = [optimizer.state[p][key] for key in ("momentum_buffer", "momentum_buffer/distill")]
+    before = [b._version for b in buffers]
+    optimizer.zero_grad()
+    optimizer.step([p.sum(), p.square().sum()])
+    assert all(b._version > v for b, v in zip(buffers, before, strict=True))
+
+
+def test_tables_are_copied_when_something_has_moved() -> None:
+    p = torch.ones(5, device=DEVICE)
+    g = [torch.ones(5, device=DEVICE) for _ in range(3)]
+    buffers: list[list[Any]] = [[None]]
+    chosen = options(1, {"momentum": 0.5})
+
+    def misses(grad: Tensor) -> int:
+        before = triton_dot_sgd._there.cache_info().misses
+        triton_dot_sgd.dot_sgd([p], [[grad]], buffers, **chosen)
+        return triton_dot_sgd._there.cache_info().misses - before
+
+    triton_dot_sgd._there.cache_clear()
+    # Addresses and hyperparameters; the buffer is no longer new; nothing; another gradient; a known one.
+    assert [misses(g[0]), misses(g[0]), misses(g[0]), misses(g[1]), misses(g[0])] == [2, 1, 0, 1, 0]
+    chosen["lr"] = 0.2
+    assert misses(g[0]) == 1
+
+
+def gaps() -> Tensor:
+    return torch.ones(4, 6, device=DEVICE)[:, :3]
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["nothing", "gaps", "other strides", "complex", "integer", "bfloat16 gradients", "weight decay in a tensor",
+     "lr that is recorded", "lr of two elements", "sparse", "no triton", "other device"],
+)  # fmt: skip
+def test_what_the_kernel_cannot_take_is_left_to_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, g, lr, numbers = torch.ones(4, 3, device=DEVICE), torch.ones(4, 3, device=DEVICE), 0.1, [0.9, 0.0]
+    plain: dict[str, Any] = {"lr": lr, "numbers": numbers}
+    assert triton_dot_sgd.supported([p], [[g]], [[None]], **plain)
+    params, gradients = [p], [[g]]
+    if case == "nothing":
+        params, gradients = [], [[]]
+    elif case == "gaps":
+        params, gradients = [gaps()], [[gaps()]]
+    elif case == "other strides":
+        gradients = [[torch.ones(3, 4, device=DEVICE).t()]]
+    elif case == "complex":
+        params, gradients = [p.to(torch.complex64)], [[g.to(torch.complex64)]]
+    elif case == "integer":
+        params, gradients = [p.int()], [[g.int()]]
+    elif case == "bfloat16 gradients":
+        gradients = [[g.bfloat16()]]
+    elif case == "weight decay in a tensor":
+        plain["numbers"] = [0.9, torch.tensor(0.1)]
+    elif case == "lr that is recorded":
+        plain["lr"] = torch.tensor(0.1, requires_grad=True)
+    elif case == "lr of two elements":
+        plain["lr"] = torch.tensor([0.1, 0.2])
+    elif case == "sparse":
+        gradients = [[g.to_sparse()]]
+    elif case == "no triton":
+        monkeypatch.setattr(triton_dot_sgd, "_runs_on", lambda device: False)
+    else:
+        monkeypatch.setattr(triton_dot_sgd, "_DEVICES", frozenset({"xpu"}))
+    assert not triton_dot_sgd.supported(params, gradients, [[None]], **plain)
+
+
+def test_a_kernel_that_cannot_be_built_is_left_to_torch_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(triton_dot_sgd, "_launch", fails)
+    triton_dot_sgd._runs_on.cache_clear()
+    try:
+        p = nn.Parameter(torch.ones(3, device=DEVICE))
+        with pytest.warns(UserWarning, match="no C compiler"):
+            DOTSGD([p], lr=0.1, fused=True).step([p.sum(), p.square().sum()])
+        assert p[0].item() == pytest.approx(0.7)
+    finally:
+        triton_dot_sgd._runs_on.cache_clear()
+
+
+def test_sharded_parameters() -> None:
+    """Every process updates what it holds; stand-ins for the other processes, of which nothing is asked."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh(DEVICE, (2,))
+
+        def sharded(part: Tensor) -> Any:
+            return DTensor.from_local(part.to(DEVICE), mesh, [Shard(0)], run_check=False)
+
+        ours = [torch.randn(3, 4), torch.randn(7)]
+        theirs = [p.clone() for p in ours]
+        params = [sharded(p.clone()) for p in ours]
+        buffers: list[list[Any]] = [[None, None], [None, None]]
+        their_buffers: list[list[Any]] = [[None, None], [None, None]]
+        for _ in range(2):
+            gradients = [[torch.randn_like(p) for p in ours] for _ in range(2)]
+            there: list[list[Any]] = [[sharded(g) for g in column] for column in gradients]
+            assert triton_dot_sgd.supported(params, there, buffers, lr=0.1, numbers=[])
+            assert not triton_dot_sgd.supported(params, gradients, buffers, lr=0.1, numbers=[])
+            triton_dot_sgd.dot_sgd(params, there, buffers, **options(2, {}))
+            dot_sgd(theirs, gradients, their_buffers, **options(2, {}), foreach=False, fused=False)
+        for mine, yours in zip([*params, *chain(*buffers)], [*theirs, *chain(*their_buffers)], strict=True):
+            assert isinstance(mine, DTensor)
+            torch.testing.assert_close(mine.to_local().cpu(), yours, rtol=1e-5, atol=1e-6)
+        assert params[0]._version >= 2
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------- what a GPU would run
+
+COMPILE = r"""
+import re
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from distill_optim.update import kernels
+
+for dtype in "float32", "bfloat16":
+    stored, computed = kernels.PRECISION[dtype]
+    kind = dict.fromkeys(kernels.dot_sgd.arg_names, "constexpr")
+    kind |= {"rows": "*i64", "row_of": "*i32", "chunk_of": "*i32", "numbers": "*fp64", "lr_tensor": "*fp64"}
+    constants = dict(
+        K=2, LR_IS_TENSOR=False, DECAY=True, NESTEROV=False, MAXIMIZE=False, DTYPE=stored, COMPUTE=computed,
+        BLOCK=kernels.BLOCK,
+    )
+    built = compile(
+        ASTSource(kernels.dot_sgd, kind, constexprs=constants),
+        target=GPUTarget("cuda", 80, 32),
+        options={"num_warps": kernels.WARPS},
+    )
+    whole, partly = built.asm["ttgir"].split("} else {")
+    assert "convert_layout" not in whole
+    for what in "ld", "st":
+        print(dtype, what, len(re.findall(what + r"\.global\.v4\.b32", built.asm["ptx"])))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the compiler in Triton's wheel, which is for Linux")
+def test_the_compiled_kernel_moves_each_word_once_and_16_bytes_at_a_time() -> None:
+    """Compiled for a GPU that need not be there. For two losses a thread loads five tensors and stores three."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    per_thread = BLOCK // (32 * kernels.WARPS)
+    counts = {tuple(line.split()[:2]): int(line.split()[2]) for line in done.stdout.splitlines()}
+    for dtype, bytes_each in ("float32", 4), ("bfloat16", 2):
+        assert counts[dtype, "ld"] == 5 * per_thread * bytes_each // 16
+        assert counts[dtype, "st"] == 3 * per_thread * bytes_each // 16
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("lr", [0.01, "tensor"])
+def test_the_kernel_waits_for_no_gpu(launches: list[torch.dtype], lr: Any) -> None:
+    model = student().cuda()
+    rate = torch.tensor(0.01, device="cuda") if lr == "tensor" else lr
+    optimizer = DOTSGD(model.parameters(), lr=rate, fused=True)
+    xs = [x.cuda() for x in batches(4)]
+    train(optimizer, model, xs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x in xs:
+            optimizer.zero_grad()
+            optimizer.step(two_losses(model, x))
+            if lr != "tensor":
+                optimizer.param_groups[0]["lr"] *= 0.9
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(launches) == 8
+
+
+@pytest.mark.cuda
+def test_the_number_of_launches_does_not_grow_with_the_number_of_tensors() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    def kernels_of(n: int) -> int:
+        params = [torch.randn(i % 100 + 1, device="cuda") for i in range(n)]
+        gradients: list[list[Any]] = [[torch.randn_like(p) for p in params] for _ in range(2)]
+        buffers: list[list[Any]] = [[None] * n for _ in range(2)]
+        for _ in range(2):
+            triton_dot_sgd.dot_sgd(params, gradients, buffers, **options(2, {}))
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            triton_dot_sgd.dot_sgd(params, gradients, buffers, **options(2, {}))
+            torch.cuda.synchronize()
+        return sum("dot_sgd" in event.name for event in profiled.events() or [])
+
+    assert kernels_of(50) == kernels_of(1600) == 1
