@@ -379,7 +379,8 @@ from distill_optim.update import kernels
 for dtype in "float32", "bfloat16":
     stored, computed = kernels.PRECISION[dtype]
     kind = dict.fromkeys(kernels.dot_sgd.arg_names, "constexpr")
-    kind |= {"rows": "*i64", "row_of": "*i32", "chunk_of": "*i32", "numbers": "*fp64", "lr_tensor": "*fp64"}
+    kind |= {"table": "*i64", "tensors": "i32", "tensor_of": "*i32", "chunk_of": "*i32"}
+    kind |= {"numbers": "*fp64", "lr_tensor": "*fp64"}
     constants = dict(
         K=2, LR_IS_TENSOR=False, DECAY=True, NESTEROV=False, MAXIMIZE=False, DTYPE=stored, COMPUTE=computed,
         BLOCK=kernels.BLOCK,

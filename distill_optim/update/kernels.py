@@ -12,10 +12,12 @@ BLOCK = 2048
 WARPS = 8
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # triton's, whose types nobody checks
+# Not compiled anew for a number of tensors that is 1, or a multiple of 16.
+@triton.jit(do_not_specialize=["tensors"])  # type: ignore[untyped-decorator]  # triton's, whose types nobody checks
 def dot_sgd(  # type: ignore[no-untyped-def]  # the compiler takes types from the call
-    rows,
-    row_of,
+    table,
+    tensors,
+    tensor_of,
     chunk_of,
     numbers,
     lr_tensor,
@@ -30,26 +32,32 @@ def dot_sgd(  # type: ignore[no-untyped-def]  # the compiler takes types from th
 ):
     """One step of DOT for the elements of one chunk of one parameter; ``triton_dot_sgd.py`` has the tables."""
     program = tl.program_id(0)
-    row = rows + tl.load(row_of + program).to(tl.int64) * (2 + 3 * K)
+    # Columns of a number per tensor: address, size, K addresses of gradients, K of buffers, K times whether one is new.
+    row = table + tl.load(tensor_of + program)
     # In 64 bits: a parameter may have more elements than 32 bits count.
     start = tl.load(chunk_of + program).to(tl.int64) * BLOCK
     # In float64 until the gain is in, as on the host.
     lr = tl.load(lr_tensor).to(tl.float64) if LR_IS_TENSOR else tl.load(numbers + 3)
-    size = tl.load(row + 1)
+    size = tl.load(row + tensors)
     address_bits = tl.load(row)
     for i in tl.static_range(2 * K):
-        address_bits |= tl.load(row + 2 + i)
+        address_bits |= tl.load(row + (2 + i) * tensors)
     # What a table says, the compiler cannot know. Told that nothing is masked off within a chunk and that addresses are
     # multiples of 16, it moves 16 bytes at a time.
     if (start + BLOCK <= size) & (address_bits % 16 == 0):
-        _dot_sgd_chunk(row, start, size, numbers, lr, K, DECAY, NESTEROV, MAXIMIZE, DTYPE, COMPUTE, BLOCK, True)
+        _dot_sgd_chunk(
+            row, tensors, start, size, numbers, lr, K, DECAY, NESTEROV, MAXIMIZE, DTYPE, COMPUTE, BLOCK, True
+        )
     else:
-        _dot_sgd_chunk(row, start, size, numbers, lr, K, DECAY, NESTEROV, MAXIMIZE, DTYPE, COMPUTE, BLOCK, False)
+        _dot_sgd_chunk(
+            row, tensors, start, size, numbers, lr, K, DECAY, NESTEROV, MAXIMIZE, DTYPE, COMPUTE, BLOCK, False
+        )
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def _dot_sgd_chunk(  # type: ignore[no-untyped-def]  # as above
     row,
+    tensors,
     start,
     size,
     numbers,
@@ -71,7 +79,7 @@ def _dot_sgd_chunk(  # type: ignore[no-untyped-def]  # as above
     weight_decay = tl.load(numbers + 2).to(COMPUTE)
     reach = 0
     for i in tl.static_range(K):
-        reach += (tl.load(row + 2 + i) != 0).to(tl.int32)
+        reach += (tl.load(row + (2 + i) * tensors) != 0).to(tl.int32)
     shared = reach > 1
 
     at = start + tl.arange(0, BLOCK)
@@ -84,9 +92,9 @@ def _dot_sgd_chunk(  # type: ignore[no-untyped-def]  # as above
     theta = tl.load(theta_at, mask=inside, other=0).to(COMPUTE)
     undecayed = reach > 0
     for i in tl.static_range(K):
-        g_address = tl.load(row + 2 + i)
-        v_address = tl.load(row + 2 + K + i)
-        fresh = tl.load(row + 2 + 2 * K + i) != 0
+        g_address = tl.load(row + (2 + i) * tensors)
+        v_address = tl.load(row + (2 + K + i) * tensors)
+        fresh = tl.load(row + (2 + 2 * K + i) * tensors) != 0
         reaches = g_address != 0
         remembers = v_address != 0
         momentum = tl.where(shared, tl.load(numbers + 4 + i).to(COMPUTE), base)

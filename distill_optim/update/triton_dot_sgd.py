@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache, lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.nn import Parameter
 
 # Where the kernel runs for real. (Tests add the CPU, for Triton's interpreter.)
 _DEVICES = frozenset({"cuda"})
+_PLAIN = frozenset({Tensor, Parameter, type(None)})
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -40,14 +43,15 @@ def supported(
     # The tables are copied from host memory, which a replayed graph would read again after it was given back.
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
-    for p, param in enumerate(params):
-        whole = _part(param)
+    parts = _parts(params)
+    for whole in parts:
         if whole is None or whole.dtype not in _DTYPES or not _dense(whole):
             return False
         if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != whole.device:
             return False
-        for other in (column[p] for column in (*gradients, *buffers)):
-            if other is not None and not _walks_along(whole, _part(other, like=param)):
+    for column in (*gradients, *buffers):
+        for whole, given, other in zip(parts, column, _parts(column, like=params), strict=True):
+            if given is not None and (whole is None or other is None or not _walks_along(whole, other)):
                 return False
     return all(_runs_on(device) for device in {param.device for param in params})
 
@@ -76,13 +80,22 @@ def _runs_on(device: torch.device) -> bool:
     return True
 
 
+def _parts(tensors: Sequence[Tensor | None], like: Sequence[Tensor] | None = None) -> list[Tensor | None]:
+    """:func:`_part` of each; a plain model, of many small tensors perhaps, is through in one look."""
+    plain = _PLAIN.issuperset(map(type, tensors)) and (like is None or _PLAIN.issuperset(map(type, like)))
+    if plain and all(t is None or t.layout is torch.strided for t in tensors):
+        return list(tensors)
+    likes = [None] * len(tensors) if like is None else like
+    return [None if t is None else _part(t, like=one) for t, one in zip(tensors, likes, strict=True)]
+
+
 def _part(tensor: Tensor, like: Tensor | None = None) -> Tensor | None:
     """What this process holds of a tensor, in the same memory; None for a kind of tensor that has no memory of its
     own, or that is cut in another way than ``like``.
     """
     if like is not None and hasattr(like, "placements") != hasattr(tensor, "placements"):
         return None
-    if type(tensor) in (Tensor, Parameter):
+    if type(tensor) in _PLAIN:
         return tensor if tensor.layout is torch.strided else None
     if not hasattr(tensor, "placements"):
         return None
@@ -110,16 +123,13 @@ def _dense(tensor: Tensor) -> bool:
     return True
 
 
-def _walks_along(param: Tensor, other: Tensor | None) -> bool:
+def _walks_along(param: Tensor, other: Tensor) -> bool:
     """Whether the n-th element in memory is the same one in both, for a dense ``param``."""
-    return (
-        other is not None
-        and other.device == param.device
-        and other.dtype == param.dtype
-        and other.shape == param.shape
-        and (other.stride() == param.stride() or (other.is_contiguous() and param.is_contiguous()))
-        and not (other.is_conj() or other.is_neg())
-    )
+    if other.dtype is not param.dtype or other.device != param.device or other.is_neg():
+        return False
+    if other.is_contiguous() and param.is_contiguous():
+        return other.numel() == param.numel()
+    return other.shape == param.shape and other.stride() == param.stride()
 
 
 def dot_sgd(
@@ -151,32 +161,28 @@ def dot_sgd(
         if any(grads[p] is not None for grads in gradients):
             batches[param.device, param.dtype].append(p)
     for positions in batches.values():
-        written: list[Tensor] = []
-        rows: list[int] = []
-        sizes: list[int] = []
-        for p in positions:
-            param = params[p]
-            reached = [grads[p] is not None for grads in gradients]
-            own = [m if sum(reached) > 1 else momentum for m in momenta]
+        own = [params[p] for p in positions]
+        grads = [[column[p] for p in positions] for column in gradients]
+        shared = [sum(g is not None for g in of_one) > 1 for of_one in zip(*grads, strict=True)]
+        written, kept, fresh = list(own), [], []
+        for column, given, mu in zip(buffers, grads, momenta, strict=True):
             # Without momentum there is no buffer, as in torch.
-            kept = [here and m != 0 for here, m in zip(reached, own, strict=True)]
-            fresh = [new and bufs[p] is None for new, bufs in zip(kept, buffers, strict=True)]
-            for new, bufs in zip(fresh, buffers, strict=True):
-                if new:
-                    bufs[p] = torch.empty_like(param, requires_grad=False, memory_format=torch.preserve_format)
-            part = _address_of(param)
-            sizes.append(part[1])
-            rows += part
-            rows += (_address_of(grads[p])[0] for grads in gradients)
-            rows += (_address_of(bufs[p])[0] if keep else 0 for keep, bufs in zip(kept, buffers, strict=True))
-            rows += fresh
-            written.append(param)
-            written += (
-                b for keep, b in zip(kept, (bufs[p] for bufs in buffers), strict=True) if keep and b is not None
-            )
+            keeps = [
+                g is not None and (mu if several else momentum) != 0 for g, several in zip(given, shared, strict=True)
+            ]
+            new = [keep and column[p] is None for keep, p in zip(keeps, positions, strict=True)]
+            if any(new):
+                for p, is_new in zip(positions, new, strict=True):
+                    if is_new:
+                        column[p] = torch.empty_like(params[p], memory_format=torch.preserve_format).detach()
+            kept.append([column[p] if keep else None for keep, p in zip(keeps, positions, strict=True)])
+            fresh.append(new)
+            written += (buffer for buffer in kept[-1] if buffer is not None)
+        parts = _parts(own)
+        sizes = tuple(0 if part is None else part.numel() for part in parts)
         _launch(
-            params[positions[0]],
-            rows,
+            own[0],
+            (*_addresses(parts), *sizes, *chain(*map(_addresses, map(_parts, (*grads, *kept)))), *chain(*fresh)),
             sizes,
             numbers=(momentum, 1 - dampening, weight_decay, 0.0 if isinstance(lr, Tensor) else lr, *momenta, *gains),
             lr=lr if isinstance(lr, Tensor) else None,
@@ -187,19 +193,15 @@ def dot_sgd(
         _bump(written)
 
 
-def _address_of(tensor: Tensor | None) -> tuple[int, int]:
-    """Where the elements that this process holds lie, and how many there are; (0, 0) for none."""
-    if tensor is None:
-        return 0, 0
-    part = _part(tensor)
-    assert part is not None
-    return part.data_ptr(), part.numel()
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where the elements lie; 0 for none."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def _launch(
     example: Tensor,
-    rows: list[int],
-    sizes: list[int],
+    columns: tuple[int, ...],
+    sizes: tuple[int, ...],
     *,
     numbers: tuple[float, ...],
     lr: Tensor | None,
@@ -210,17 +212,18 @@ def _launch(
     from distill_optim.update import kernels
 
     device = example.device
-    row_of, chunk_of = _chunks(tuple(sizes), kernels.BLOCK, device, _stream(device))
-    programs = row_of.numel()
+    tensor_of, chunk_of = _chunks(sizes, kernels.BLOCK, device, _stream(device))
+    programs = tensor_of.numel()
     if programs == 0:
         return
     stored, computed = kernels.PRECISION[str(example.dtype).removeprefix("torch.")]
     numbers_there = _there(numbers, torch.float64, device, _stream(device))
     # Triton launches on the current device, whatever the tensors' is.
-    with torch.cuda.device(device) if device.type == "cuda" else torch.autograd.profiler.record_function("dot_sgd"):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernels.dot_sgd[(programs,)](
-            _there(tuple(rows), torch.int64, device, _stream(device)),
-            row_of,
+            _there(columns, torch.int64, device, _stream(device)),
+            len(sizes),
+            tensor_of,
             chunk_of,
             numbers_there,
             numbers_there if lr is None else lr,
@@ -251,11 +254,11 @@ def _there(values: tuple[float, ...], dtype: torch.dtype, device: torch.device, 
 
 @lru_cache(maxsize=16)
 def _chunks(sizes: tuple[int, ...], block: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-    """For each program the row of its tensor, and which chunk of that tensor it updates."""
+    """For each program its tensor, and which chunk of that tensor it updates."""
     counts = (torch.tensor(sizes) + block - 1) // block
-    rows = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    chunks = torch.arange(rows.numel()) - (counts.cumsum(0) - counts)[rows]
-    return _copied(rows.int(), device), _copied(chunks.int(), device)
+    tensors = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    chunks = torch.arange(tensors.numel()) - (counts.cumsum(0) - counts)[tensors]
+    return _copied(tensors.int(), device), _copied(chunks.int(), device)
 
 
 def _copied(table: Tensor, device: torch.device) -> Tensor:
@@ -266,6 +269,5 @@ def _copied(table: Tensor, device: torch.device) -> Tensor:
 
 def _bump(written: list[Tensor]) -> None:
     """Tells autograd, which sees no kernel: a graph that still needs an old value then says so."""
-    counted = [t for t in written if not t.is_inference()]
-    counted += [part for t in counted if type(t) not in (Tensor, Parameter) and (part := _part(t)) is not None]
-    torch.autograd.graph.increment_version(counted)
+    written += (part for t in written if type(t) not in _PLAIN and (part := _part(t)) is not None)
+    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
