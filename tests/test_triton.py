@@ -37,7 +37,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"nesterov": True, "weight_decay": 0.1},
     {"maximize": True, "weight_decay": 0.1, "dampening": 0.3},
     {"gains": [0.3, 1.0, 2.0, 0.7]},
-    {"momentum": 0.0},
+    {"momentum": 0.0, "dampening": 0.3},
     {"momenta": [0.0, 0.9, 0.5, 0.0], "weight_decay": 0.1},
     {"lr": torch.tensor(0.07)},
     {"lr": torch.tensor([0.07], dtype=torch.float64), "gains": [0.3, 1.0, 2.0, 0.7]},
@@ -152,10 +152,10 @@ def test_half_precision_is_computed_in_float32(k: int, given: dict[str, Any], dt
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_one_fused_sgd_after_the_other(dtype: torch.dtype) -> None:
-    """Between two losses a parameter is rounded, as two optimizers would: 1 + 3/4 ulp + 3/4 ulp is 1 + 2 ulp then."""
+    """Between two losses a parameter is rounded, as two optimizers would: 1 + 0.6 ulp + 0.6 ulp is 1 + 2 ulp then."""
     ulp = torch.finfo(dtype).eps
     p = torch.ones(BLOCK + 3, dtype=dtype, device=DEVICE)
-    g = torch.full_like(p, -0.75 * ulp)
+    g = torch.full_like(p, -0.6 * ulp)
     triton_dot_sgd.dot_sgd([p], [[g], [g]], [[None], [None]], **options(2, {"lr": 1.0}))
     assert torch.equal(p.cpu().double(), torch.full(p.shape, 1 + 2 * ulp, dtype=torch.float64))
 
@@ -187,6 +187,18 @@ def test_memory_that_is_not_aligned_and_not_row_by_row() -> None:
         assert yours is not None
         assert mine.stride() == yours.stride()
         torch.testing.assert_close(mine.cpu(), yours, rtol=1e-5, atol=1e-6)
+
+
+def test_what_lies_beside_a_parameter_is_left_alone() -> None:
+    memory = torch.ones(3, BLOCK + 9, device=DEVICE)
+    p, v, w = (row[4 : BLOCK + 5] for row in memory)
+    g = torch.full_like(p, 2)
+    for _ in range(2):
+        triton_dot_sgd.dot_sgd([p], [[g], [g]], [[v], [w]], **options(2, {}))
+    for row in memory:
+        assert row[:4].eq(1).all()
+        assert row[BLOCK + 5 :].eq(1).all()
+        assert row[4 : BLOCK + 5].ne(1).all()
 
 
 def test_many_small_tensors_and_a_large_one() -> None:
@@ -285,7 +297,7 @@ def gaps() -> Tensor:
 @pytest.mark.parametrize(
     "case",
     ["nothing", "gaps", "other strides", "complex", "integer", "bfloat16 gradients", "weight decay in a tensor",
-     "lr that is recorded", "lr of two elements", "sparse", "no triton", "other device"],
+     "lr that is recorded", "lr of two elements", "sparse", "no triton", "other device", "a buffer of another size"],
 )  # fmt: skip
 def test_what_the_kernel_cannot_take_is_left_to_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     p, g, lr, numbers = torch.ones(4, 3, device=DEVICE), torch.ones(4, 3, device=DEVICE), 0.1, [0.9, 0.0]
@@ -314,9 +326,10 @@ def test_what_the_kernel_cannot_take_is_left_to_torch(case: str, monkeypatch: py
         gradients = [[g.to_sparse()]]
     elif case == "no triton":
         monkeypatch.setattr(triton_dot_sgd, "_runs_on", lambda device: False)
-    else:
+    elif case == "other device":
         monkeypatch.setattr(triton_dot_sgd, "_DEVICES", frozenset({"xpu"}))
-    assert not triton_dot_sgd.supported(params, gradients, [[None]], **plain)
+    buffer = torch.ones(4, 4, device=DEVICE) if case == "a buffer of another size" else None
+    assert not triton_dot_sgd.supported(params, gradients, [[buffer]], **plain)
 
 
 def test_a_kernel_that_cannot_be_built_is_left_to_torch_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
