@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_optim import DOTSGD
-from distill_optim.update import dot_sgd, triton_dot_sgd
+from distill_optim.update import dot_sgd, multi_tensor, triton_dot_sgd
 from tests.helpers import assert_same_bits, batches, flat, student, train, two_losses
 
 triton = pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA and with the extra test")
@@ -46,7 +48,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.fixture(autouse=True)
 def _also_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_dot_sgd, "_DEVICES", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(multi_tensor, "_DEVICES", frozenset({"cpu", "cuda"}))
     if not ON_GPU:
         # Interpreted, a multiply-add is a product and a sum, both rounded. In float64 a product of float32 is exact.
         from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -179,9 +181,8 @@ def test_memory_that_is_not_aligned_and_not_row_by_row() -> None:
     for step in range(3):
         gradients = [made(10 + step), made(20 + step)]
         there = [[g.to(DEVICE) for g in column] for column in gradients]
-        assert triton_dot_sgd.supported(ours, there, our_buffers, lr=0.1, numbers=[0.9])
         dot_sgd(theirs, gradients, their_buffers, **chosen, foreach=False, fused=False)
-        triton_dot_sgd.dot_sgd(ours, there, our_buffers, **chosen)
+        assert triton_dot_sgd.dot_sgd(ours, there, our_buffers, **chosen)
     for mine, yours in zip([*ours, *chain(*our_buffers)], [*theirs, *chain(*their_buffers)], strict=True):
         assert mine is not None
         assert yours is not None
@@ -216,16 +217,15 @@ def test_many_small_tensors_and_a_large_one() -> None:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """The dtype of every launch of the kernel, one by one."""
+    """The dtype of every launch of a kernel, one by one; those that only try whether it can be started left out."""
     seen: list[torch.dtype] = []
-    launch = triton_dot_sgd._launch
+    run = multi_tensor.Launch.run
 
-    def spy(example: Tensor, *args: Any, **kwargs: Any) -> None:
-        seen.append(example.dtype)
-        launch(example, *args, **kwargs)
+    def spy(self: multi_tensor.Launch, *args: Any) -> None:
+        seen.append(self.params[0].dtype)
+        run(self, *args)
 
-    triton_dot_sgd._runs_on(torch.empty(0, device=DEVICE).device)  # tries the kernel, once
-    monkeypatch.setattr(triton_dot_sgd, "_launch", spy)
+    monkeypatch.setattr(multi_tensor.Launch, "run", spy)
     return seen
 
 
@@ -279,13 +279,13 @@ def test_tables_are_copied_when_something_has_moved() -> None:
     chosen = options(1, {"momentum": 0.5})
 
     def misses(grad: Tensor) -> int:
-        before = triton_dot_sgd._there.cache_info().misses
+        before = multi_tensor._there.cache_info().misses
         triton_dot_sgd.dot_sgd([p], [[grad]], buffers, **chosen)
-        return triton_dot_sgd._there.cache_info().misses - before
+        return multi_tensor._there.cache_info().misses - before
 
-    triton_dot_sgd._there.cache_clear()
-    # Addresses and hyperparameters; the buffer is no longer new; nothing; another gradient; a known one.
-    assert [misses(g[0]), misses(g[0]), misses(g[0]), misses(g[1]), misses(g[0])] == [2, 1, 0, 1, 0]
+    multi_tensor._there.cache_clear()
+    # Addresses, sizes and hyperparameters; the buffer is no longer new; nothing; another gradient; a known one.
+    assert [misses(g[0]), misses(g[0]), misses(g[0]), misses(g[1]), misses(g[0])] == [3, 1, 0, 1, 0]
     chosen["lr"] = 0.2
     assert misses(g[0]) == 1
 
@@ -296,55 +296,107 @@ def gaps() -> Tensor:
 
 @pytest.mark.parametrize(
     "case",
-    ["nothing", "gaps", "other strides", "complex", "integer", "bfloat16 gradients", "weight decay in a tensor",
-     "lr that is recorded", "lr of two elements", "sparse", "no triton", "other device", "a buffer of another size"],
+    ["gaps", "other strides", "another shape", "a buffer of another size", "a buffer of another dtype", "complex",
+     "integer", "bfloat16 gradients", "weight decay in a tensor", "lr that is recorded", "lr of two elements", "sparse",
+     "sparse rows", "the other sign", "no triton", "other device"],
 )  # fmt: skip
 def test_what_the_kernel_cannot_take_is_left_to_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    p, g, lr, numbers = torch.ones(4, 3, device=DEVICE), torch.ones(4, 3, device=DEVICE), 0.1, [0.9, 0.0]
-    plain: dict[str, Any] = {"lr": lr, "numbers": numbers}
-    assert triton_dot_sgd.supported([p], [[g]], [[None]], **plain)
-    params, gradients = [p], [[g]]
-    if case == "nothing":
-        params, gradients = [], [[]]
-    elif case == "gaps":
-        params, gradients = [gaps()], [[gaps()]]
+    p, g = torch.ones(4, 3, device=DEVICE), torch.ones(4, 3, device=DEVICE)
+    buffer: Tensor | None = None
+    chosen = options(1, {})
+    if case == "gaps":
+        p, g = gaps(), gaps()
     elif case == "other strides":
-        gradients = [[torch.ones(3, 4, device=DEVICE).t()]]
+        g = torch.ones(3, 4, device=DEVICE).t()
+    elif case == "another shape":
+        g = torch.ones(4, 4, device=DEVICE)
+    elif case == "a buffer of another size":
+        buffer = torch.ones(4, 4, device=DEVICE)
+    elif case == "a buffer of another dtype":
+        buffer = torch.ones(4, 3, device=DEVICE, dtype=torch.float64)
     elif case == "complex":
-        params, gradients = [p.to(torch.complex64)], [[g.to(torch.complex64)]]
+        p, g = p.to(torch.complex64), g.to(torch.complex64)
     elif case == "integer":
-        params, gradients = [p.int()], [[g.int()]]
+        p, g = p.int(), g.int()
     elif case == "bfloat16 gradients":
-        gradients = [[g.bfloat16()]]
+        g = g.bfloat16()
     elif case == "weight decay in a tensor":
-        plain["numbers"] = [0.9, torch.tensor(0.1)]
+        chosen["weight_decay"] = torch.tensor(0.1)
     elif case == "lr that is recorded":
-        plain["lr"] = torch.tensor(0.1, requires_grad=True)
+        chosen["lr"] = torch.tensor(0.1, requires_grad=True)
     elif case == "lr of two elements":
-        plain["lr"] = torch.tensor([0.1, 0.2])
+        chosen["lr"] = torch.tensor([0.1, 0.2])
     elif case == "sparse":
-        gradients = [[g.to_sparse()]]
+        g = g.to_sparse()
+    elif case == "sparse rows":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls them a beta
+            g = g.to_sparse_csr()
+    elif case == "the other sign":
+        p, g = p[0, 0], torch.ones((), dtype=torch.complex64, device=DEVICE).conj().imag
+        assert g.is_neg()
     elif case == "no triton":
-        monkeypatch.setattr(triton_dot_sgd, "_runs_on", lambda device: False)
+        monkeypatch.setattr(multi_tensor, "_runs", lambda *variant: False)
     elif case == "other device":
-        monkeypatch.setattr(triton_dot_sgd, "_DEVICES", frozenset({"xpu"}))
-    buffer = torch.ones(4, 4, device=DEVICE) if case == "a buffer of another size" else None
-    assert not triton_dot_sgd.supported(params, gradients, [[buffer]], **plain)
+        monkeypatch.setattr(multi_tensor, "_DEVICES", frozenset({"xpu"}))
+    before, buffers = p.clone(), [[buffer]]
+    assert not triton_dot_sgd.dot_sgd([p], [[g]], buffers, **chosen)
+    assert torch.equal(p, before)
+    assert buffers[0][0] is buffer
+
+
+def test_one_tensor_that_it_cannot_take_stops_the_whole_step() -> None:
+    """Also where another dtype, which goes first, could be taken."""
+    params = [torch.ones(3, device=DEVICE), torch.ones(3, device=DEVICE, dtype=torch.float64), gaps()]
+    buffers: list[list[Any]] = [[None] * 3]
+    assert not triton_dot_sgd.dot_sgd(params, [[torch.ones_like(p) for p in params]], buffers, **options(1, {}))
+    assert all(p.eq(1).all() for p in params)
+    assert buffers == [[None] * 3]
+
+
+@pytest.mark.parametrize("change", ["data", "another dtype", "transposed in place", "smaller in place", "buffer"])
+def test_a_tensor_may_change_between_two_steps(change: str) -> None:
+    """The kernel follows, or leaves the step to torch; it never takes the tensor for what it was."""
+    p, g = torch.ones(4, 4, device=DEVICE), torch.ones(4, 4, device=DEVICE)
+    buffers: list[list[Any]] = [[None]]
+    taken = partial(triton_dot_sgd.dot_sgd, [p], buffers=buffers, **options(1, {"lr": 1.0}))
+    assert taken([[g]])
+    if change == "data":
+        p.data = torch.full((4, 4), 7.0, device=DEVICE)
+        assert taken([[g]])
+        torch.testing.assert_close(p, torch.full_like(p, 7 - 1.9))
+    elif change == "another dtype":
+        p.data = p.data.double()
+        assert not taken([[g]])
+        buffers[0][0] = buffers[0][0].double()
+        assert taken([[g.double()]])
+        assert p.eq(-1.9).all()
+    elif change == "transposed in place":
+        p.data = p.data.t()
+        assert not taken([[g]])
+    elif change == "smaller in place":
+        memory = p.data
+        p.data = memory[:2]
+        buffers[0][0] = buffers[0][0][:2]
+        assert taken([[g[:2]]])
+        assert memory[2:].eq(0).all()
+        assert p.eq(-1.9).all()
+    else:
+        buffers[0][0] = torch.full_like(g, 2)
+        assert taken([[g]])
+        torch.testing.assert_close(p, torch.full_like(p, -2.8))
 
 
 def test_a_kernel_that_cannot_be_built_is_left_to_torch_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr(triton_dot_sgd, "_launch", fails)
-    triton_dot_sgd._runs_on.cache_clear()
-    try:
-        p = nn.Parameter(torch.ones(3, device=DEVICE))
-        with pytest.warns(UserWarning, match="no C compiler"):
-            DOTSGD([p], lr=0.1, fused=True).step([p.sum(), p.square().sum()])
-        assert p[0].item() == pytest.approx(0.7)
-    finally:
-        triton_dot_sgd._runs_on.cache_clear()
+    monkeypatch.setattr(multi_tensor, "_start", fails)
+    monkeypatch.setattr(multi_tensor, "_known", {})
+    p = nn.Parameter(torch.ones(3, device=DEVICE))
+    with pytest.warns(UserWarning, match="no C compiler"):
+        DOTSGD([p], lr=0.1, fused=True).step([p.sum(), p.square().sum()])
+    assert p[0].item() == pytest.approx(0.7)
 
 
 def test_sharded_parameters() -> None:
@@ -368,9 +420,8 @@ def test_sharded_parameters() -> None:
         for _ in range(2):
             gradients = [[torch.randn_like(p) for p in ours] for _ in range(2)]
             there: list[list[Any]] = [[sharded(g) for g in column] for column in gradients]
-            assert triton_dot_sgd.supported(params, there, buffers, lr=0.1, numbers=[])
-            assert not triton_dot_sgd.supported(params, gradients, buffers, lr=0.1, numbers=[])
-            triton_dot_sgd.dot_sgd(params, there, buffers, **options(2, {}))
+            assert not triton_dot_sgd.dot_sgd(params, gradients, buffers, **options(2, {}))
+            assert triton_dot_sgd.dot_sgd(params, there, buffers, **options(2, {}))
             dot_sgd(theirs, gradients, their_buffers, **options(2, {}), foreach=False, fused=False)
         for mine, yours in zip([*params, *chain(*buffers)], [*theirs, *chain(*their_buffers)], strict=True):
             assert isinstance(mine, DTensor)
@@ -392,16 +443,14 @@ from distill_optim.update import kernels
 for dtype in "float32", "bfloat16":
     stored, computed = kernels.PRECISION[dtype]
     kind = dict.fromkeys(kernels.dot_sgd.arg_names, "constexpr")
-    kind |= {"table": "*i64", "tensors": "i32", "tensor_of": "*i32", "chunk_of": "*i32"}
-    kind |= {"numbers": "*fp64", "lr_tensor": "*fp64"}
+    kind |= {"table": "*i64", "tensors": "i32", "places": "*i64", "numbers": "*fp64"}
     constants = dict(
-        K=2, LR_IS_TENSOR=False, DECAY=True, NESTEROV=False, MAXIMIZE=False, DTYPE=stored, COMPUTE=computed,
-        BLOCK=kernels.BLOCK,
+        lr=None, weights=None, grad_scale=None, found_inf=None, K=2, DTYPE=stored, COMPUTE=computed, BLOCK=kernels.BLOCK
     )
     built = compile(
         ASTSource(kernels.dot_sgd, kind, constexprs=constants),
         target=GPUTarget("cuda", 80, 32),
-        options={"num_warps": kernels.WARPS},
+        options=kernels.OPTIONS,
     )
     whole, partly = built.asm["ttgir"].split("} else {")
     assert "convert_layout" not in whole
@@ -416,7 +465,7 @@ def test_the_compiled_kernel_moves_each_word_once_and_16_bytes_at_a_time() -> No
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    per_thread = BLOCK // (32 * kernels.WARPS)
+    per_thread = BLOCK // (32 * kernels.OPTIONS["num_warps"])
     counts = {tuple(line.split()[:2]): int(line.split()[2]) for line in done.stdout.splitlines()}
     for dtype, bytes_each in ("float32", 4), ("bfloat16", 2):
         assert counts[dtype, "ld"] == 5 * per_thread * bytes_each // 16

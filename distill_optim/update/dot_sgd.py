@@ -38,7 +38,7 @@ def dot_sgd(
     in the first step of a parameter that only the distillation loss reaches; this does not.)
 
     With ``fused`` on a GPU one kernel of our own takes all losses at once, where it can
-    (:func:`~distill_optim.update.triton_dot_sgd.supported`).
+    (:func:`~distill_optim.update.multi_tensor.launches`).
 
     Args:
         params: P parameters, updated.
@@ -51,31 +51,20 @@ def dot_sgd(
         gains: factor c of each loss's buffer where several losses reach the parameter, length K.
         dampening: τ. weight_decay, nesterov, maximize, foreach, fused: as in ``torch.optim.SGD``.
     """
-    kernel_takes_it = (
-        fused is True
-        and not foreach  # together they are an error, which is torch's to raise
-        and triton_dot_sgd.supported(
-            params,
-            gradients,
-            buffers,
-            lr=lr,
-            numbers=(momentum, *momenta, *gains, dampening, weight_decay),
-        )
-    )
-    if kernel_takes_it:
-        triton_dot_sgd.dot_sgd(
-            params,
-            gradients,
-            buffers,
-            lr=lr,
-            momentum=momentum,
-            momenta=momenta,
-            gains=gains,
-            dampening=dampening,
-            weight_decay=cast(float, weight_decay),
-            nesterov=nesterov,
-            maximize=maximize,
-        )
+    # foreach and fused together are an error, which is torch's to raise.
+    if fused is True and not foreach and triton_dot_sgd.dot_sgd(
+        params,
+        gradients,
+        buffers,
+        lr=lr,
+        momentum=momentum,
+        momenta=momenta,
+        gains=gains,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+    ):  # fmt: skip
         return
     reach = [sum(g is not None for g in column) for column in zip(*gradients, strict=True)]
     decayed: set[int] = set()
