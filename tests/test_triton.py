@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from distill_optim import DOTSGD
-from distill_optim.update import dot_sgd, multi_tensor, triton_dot_sgd
+from distill_optim.update import dot_sgd, multi_tensor, triton_dot_sgd, triton_weighted, weighted_sum
 from tests.helpers import assert_same_bits, batches, flat, student, train, two_losses
 
 triton = pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA and with the extra test")
@@ -210,6 +212,110 @@ def test_many_small_tensors_and_a_large_one() -> None:
     triton_dot_sgd.dot_sgd(p, g, [[None] * 61, [None] * 61], **options(2, {}))
     for mine, yours in zip(p, expected, strict=True):
         torch.testing.assert_close(mine, yours, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- the weighted sum and the update in one
+
+
+def adamw_state(shapes: list[Any], amsgrad: bool, dtype: torch.dtype, device: str) -> list[list[Tensor]]:
+    moments = [[torch.zeros(shape, dtype=dtype, device=device) for shape in shapes] for _ in range(2 + amsgrad)]
+    return [*moments, *[[]] * (not amsgrad), [torch.zeros((), device=device) for _ in shapes]]
+
+
+def reached(gradients: list[list[Tensor | None]]) -> list[int]:
+    return [p for p, row in enumerate(zip(*gradients, strict=True)) if any(g is not None for g in row)]
+
+
+def combined(gradients: list[list[Tensor | None]], weights: Tensor) -> dict[int, Tensor]:
+    """By :func:`weighted_sum`, where several losses reach the parameter; the only gradient elsewhere."""
+    rows = {p: [column[p] for column in gradients] for p in reached(gradients)}
+    alone = {p: next(g for g in row if g is not None) for p, row in rows.items() if row.count(None) == len(row) - 1}
+    shared = [p for p in rows if p not in alone]
+    copies = [[None if column[p] is None else column[p].clone() for p in shared] for column in gradients]
+    return alone | dict(zip(shared, weighted_sum(copies, weights), strict=True))
+
+
+WEIGHTS = torch.tensor([0.3, 1.7, -0.4, 2.1], dtype=torch.float64)
+SGD_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"weight_decay": 0.1, "nesterov": True},
+    {"maximize": True, "weight_decay": 0.1, "dampening": 0.3},
+    {"momentum": 0.0, "weight_decay": 0.1},
+    {"lr": torch.tensor(0.07)},
+]
+ADAMW_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"maximize": True, "weight_decay": 0.0},
+    {"amsgrad": True},
+    {"lr": torch.tensor(0.07, dtype=torch.float64), "beta1": 0.3, "beta2": 0.5},
+    {"beta1": 0.0},
+]
+
+
+def sgd_options(given: dict[str, Any]) -> dict[str, Any]:
+    defaults = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
+    return defaults | given
+
+
+def adamw_options(given: dict[str, Any]) -> dict[str, Any]:
+    defaults = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+    return {key: value for key, value in (defaults | given).items() if key != "amsgrad"}
+
+
+def on_device(chosen: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in chosen.items()}
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.float64), (4, torch.float32)]
+)
+@pytest.mark.parametrize("given", SGD_OPTIONS, ids=str)
+def test_weighted_sgd_is_the_weighted_sum_and_the_for_loop(k: int, given: dict[str, Any], dtype: torch.dtype) -> None:
+    """In float32 bit for bit on the interpreter; in float64 it has no exact multiply-add, so a few ulps are left."""
+    chosen, weights = sgd_options(given), WEIGHTS[:k]
+    start = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+    theirs, ours = to(start, "cpu", dtype), to(start, DEVICE, dtype)
+    their_buffers: list[Any] = [None] * len(SHAPES)
+    our_buffers: list[Any] = [None] * len(SHAPES)
+    for step in range(3):
+        gradients = random_step(SHAPES, k, dtype, step)
+        along = combined(gradients, weights)
+        own = [their_buffers[p] for p in along]
+        sgd([theirs[p] for p in along], list(along.values()), own, **chosen, foreach=False)
+        for p, buffer in zip(along, own, strict=True):
+            their_buffers[p] = buffer
+        there = [to(column, DEVICE, dtype) for column in gradients]
+        assert triton_weighted.weighted_sgd(ours, there, weights.to(DEVICE), our_buffers, **on_device(chosen))
+    for mine, yours in zip([*ours, *our_buffers], [*theirs, *their_buffers], strict=True):
+        assert (mine is None) == (yours is None)
+        if mine is not None and dtype is torch.float32 and not ON_GPU:
+            assert_same_bits([mine], [yours])
+        elif mine is not None:
+            torch.testing.assert_close(mine.cpu(), yours)
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.float64), (4, torch.float32)]
+)
+@pytest.mark.parametrize("given", ADAMW_OPTIONS, ids=str)
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log")  # of the interpreter's numpy, where β₁ is 0
+def test_weighted_adamw_is_the_weighted_sum_and_the_for_loop(k: int, given: dict[str, Any], dtype: torch.dtype) -> None:
+    """To a few ulps: torch's for-loop leaves to the compiler which products and sums are one."""
+    chosen, weights = adamw_options(given), WEIGHTS[:k]
+    start = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+    theirs, ours = to(start, "cpu", dtype), to(start, DEVICE, dtype)
+    amsgrad = "amsgrad" in given
+    their_state, our_state = (adamw_state(SHAPES, amsgrad, dtype, device) for device in ("cpu", DEVICE))
+    for step in range(3):
+        gradients = random_step(SHAPES, k, dtype, step)
+        along = combined(gradients, weights)
+        own = [[column[p] for p in along] if column else [] for column in their_state]
+        adamw([theirs[p] for p in along], list(along.values()), *own, **chosen, amsgrad=amsgrad, foreach=False)
+        there = [to(column, DEVICE, dtype) for column in gradients]
+        assert triton_weighted.weighted_adamw(ours, there, weights.to(DEVICE), *our_state, **on_device(chosen))
+    rtol = 1e-6 if dtype is torch.float32 else 1e-13
+    for mine, yours in zip(chain(ours, *our_state), chain(theirs, *their_state), strict=True):
+        torch.testing.assert_close(mine.cpu(), yours, rtol=rtol, atol=rtol)
 
 
 # ---------------------------------------------------------------- inside the optimizer
@@ -440,36 +546,39 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from distill_optim.update import kernels
 
-for dtype in "float32", "bfloat16":
-    stored, computed = kernels.PRECISION[dtype]
-    kind = dict.fromkeys(kernels.dot_sgd.arg_names, "constexpr")
-    kind |= {"table": "*i64", "tensors": "i32", "places": "*i64", "numbers": "*fp64"}
-    constants = dict(
-        lr=None, weights=None, grad_scale=None, found_inf=None, K=2, DTYPE=stored, COMPUTE=computed, BLOCK=kernels.BLOCK
-    )
-    built = compile(
-        ASTSource(kernels.dot_sgd, kind, constexprs=constants),
-        target=GPUTarget("cuda", 80, 32),
-        options=kernels.OPTIONS,
-    )
-    whole, partly = built.asm["ttgir"].split("} else {")
-    assert "convert_layout" not in whole
-    for what in "ld", "st":
-        print(dtype, what, len(re.findall(what + r"\.global\.v4\.b32", built.asm["ptx"])))
+for name in "dot_sgd", "weighted_sgd", "weighted_adamw":
+    for dtype in "float32", "bfloat16", "float64":
+        kernel = getattr(kernels, name)
+        stored, computed = kernels.PRECISION[dtype]
+        kind = dict.fromkeys(kernel.arg_names, "constexpr")
+        kind |= {"table": "*i64", "tensors": "i32", "places": "*i64", "numbers": "*fp64", "weights": "*fp64"}
+        constants = dict(
+            lr=None, grad_scale=None, found_inf=None, K=2, DTYPE=stored, COMPUTE=computed, BLOCK=kernels.BLOCK
+        )
+        built = compile(
+            ASTSource(kernel, kind, constexprs=constants), target=GPUTarget("cuda", 90, 32), options=kernels.OPTIONS
+        )
+        whole, partly = built.asm["ttgir"].split("} else {")
+        assert "convert_layout" not in whole
+        for what in "ld", "st":
+            print(name, dtype, what, len(re.findall(what + r"\.global\.v[24]\.b(?:32|64)", built.asm["ptx"])))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the compiler in Triton's wheel, which is for Linux")
-def test_the_compiled_kernel_moves_each_word_once_and_16_bytes_at_a_time() -> None:
-    """Compiled for a GPU that need not be there. For two losses a thread loads five tensors and stores three."""
+def test_the_compiled_kernels_move_each_word_once_and_16_bytes_at_a_time() -> None:
+    """Compiled for a GPU that need not be there, for two losses. AdamW's include the maximum, which it moves only if
+    there is one.
+    """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     per_thread = BLOCK // (32 * kernels.OPTIONS["num_warps"])
-    counts = {tuple(line.split()[:2]): int(line.split()[2]) for line in done.stdout.splitlines()}
-    for dtype, bytes_each in ("float32", 4), ("bfloat16", 2):
-        assert counts[dtype, "ld"] == 5 * per_thread * bytes_each // 16
-        assert counts[dtype, "st"] == 3 * per_thread * bytes_each // 16
+    counts = {tuple(line.split()[:3]): int(line.split()[3]) for line in done.stdout.splitlines()}
+    for (name, dtype, what), count in counts.items():
+        words = {"dot_sgd": (5, 3), "weighted_sgd": (4, 2), "weighted_adamw": (6, 4)}[name][what == "st"]
+        assert count == words * per_thread * getattr(torch, dtype).itemsize // 16, (name, dtype, what)
+    assert len(counts) == 18
 
 
 @pytest.mark.cuda
