@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -316,6 +317,162 @@ def test_weighted_adamw_is_the_weighted_sum_and_the_for_loop(k: int, given: dict
     rtol = 1e-6 if dtype is torch.float32 else 1e-13
     for mine, yours in zip(chain(ours, *our_state), chain(theirs, *their_state), strict=True):
         torch.testing.assert_close(mine.cpu(), yours, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_weighted_sum_of_half_precision_is_rounded_once_at_the_end(dtype: torch.dtype) -> None:
+    """Weights and sums that the dtype does not have: 0.1 times 1 and 0.9 times 1 is 1, and a step to 1 − 0.6 ulp."""
+    p, buffers = torch.ones(BLOCK + 3, dtype=dtype, device=DEVICE), [None]
+    g, weights = torch.ones_like(p), torch.tensor([0.1, 0.9], dtype=torch.float64, device=DEVICE)
+    lr = 0.6 * torch.finfo(dtype).eps
+    assert triton_weighted.weighted_sgd([p], [[g], [g]], weights, buffers, **sgd_options({"lr": lr}))
+    assert torch.equal(p, torch.full_like(p, 1 - lr))
+    assert buffers[0] is not None
+    assert buffers[0].eq(1).all()
+
+
+def test_a_weight_that_is_not_finite_stays_with_the_parameters_that_it_belongs_to() -> None:
+    """A loss's weight does not touch what the loss does not reach, nor what it reaches alone."""
+    weights = torch.tensor([0.5, math.nan, 1.5], device=DEVICE)
+    one = torch.ones(3, device=DEVICE)
+    params = [torch.ones(3, device=DEVICE) for _ in range(3)]
+    gradients = [[one, None, one], [None, one, one], [one, None, None]]
+    assert triton_weighted.weighted_sgd(params, gradients, weights, [None] * 3, **sgd_options({}))
+    torch.testing.assert_close(params[0], one - 0.1 * 2)
+    torch.testing.assert_close(params[1], one - 0.1)
+    assert params[2].isnan().all()
+
+
+# ---------------------------------------------------------------- what all kernels share
+
+KERNELS = ["dot_sgd", "weighted_sgd", "weighted_adamw"]
+
+
+def stepper(kernel: str, params: list[Tensor]) -> tuple[Any, list[list[Any]]]:
+    """A kernel's step, which takes the gradients of two losses; and the state that it keeps."""
+    weights = torch.tensor([0.5, 1.5], dtype=torch.float64, device=DEVICE)
+    if kernel == "dot_sgd":
+        state: list[list[Any]] = [[None] * len(params) for _ in range(2)]
+        return partial(triton_dot_sgd.dot_sgd, params, buffers=state, **options(2, {})), state
+    if kernel == "weighted_sgd":
+        state = [[None] * len(params)]
+        chosen = sgd_options({})
+        return partial(triton_weighted.weighted_sgd, params, weights=weights, buffers=state[0], **chosen), state
+    names = ["exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"]
+    state = [[torch.zeros_like(p) for p in params] for _ in names[:-1]]
+    state += [[torch.zeros((), device=DEVICE) for _ in params]]
+    columns: Any = dict(zip(names, state, strict=True)) | adamw_options({})
+    return partial(triton_weighted.weighted_adamw, params, weights=weights, **columns), state
+
+
+def values(params: list[Tensor], state: list[list[Any]]) -> list[Any]:
+    return to(chain(params, *state), "cpu", torch.float64)
+
+
+def random_params() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(shape, device=DEVICE) for shape in [(3, 5), (), (BLOCK + 1,), (2, BLOCK)]]
+
+
+def random_gradients(params: list[Tensor], seed: int) -> list[list[Tensor]]:
+    torch.manual_seed(seed)
+    return [[torch.randn_like(p) for p in params] for _ in range(2)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_are_unscaled_within_the_kernel(kernel: str) -> None:
+    """A power of two leaves no trace; an infinite gradient skips the step, whatever else stands in the gradients."""
+    scale, fine = torch.tensor(2.0**16, device=DEVICE), torch.tensor(0.0, device=DEVICE)
+    plain, scaled = random_params(), random_params()
+    (step, state), (scaled_step, scaled_state) = stepper(kernel, plain), stepper(kernel, scaled)
+    for seed in range(3):
+        gradients = random_gradients(plain, seed)
+        assert step(gradients)
+        times = [[g * scale for g in column] for column in gradients]
+        assert scaled_step(times, grad_scale=scale, found_inf=fine)
+        before = values(scaled, scaled_state)
+        times[1][2][5] = math.inf
+        assert scaled_step(times, grad_scale=scale, found_inf=fine + 1)
+        assert_same_bits(values(scaled, scaled_state), before)
+    assert_same_bits(values(scaled, scaled_state), values(plain, state))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_buffers_of_a_first_step_that_is_skipped_are_zeros(kernel: str) -> None:
+    params = random_params()
+    step, state = stepper(kernel, params)
+    nothing = [[torch.full_like(p, math.nan) for p in params] for _ in range(2)]
+    assert step(nothing, found_inf=torch.ones((), device=DEVICE))
+    assert_same_bits(params, random_params())
+    assert all(t.eq(0).all() for t in chain(*state))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autograd_is_told(kernel: str) -> None:
+    params = random_params()
+    step, state = stepper(kernel, params)
+    for seed in range(2):
+        before = [t._version for t in chain(params, *state) if t is not None]
+        assert step(random_gradients(params, seed))
+        assert seed == 0 or all(t._version > v for t, v in zip(chain(params, *state), before, strict=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_captured_step_has_tables_of_its_own(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is captured here, but the path is the one taken then: a step that was not warmed up is refused; what was
+    handed to a graph is not handed out again; and where there is no more room, torch takes the step.
+    """
+    monkeypatch.setattr(multi_tensor, "_known", {})
+    monkeypatch.setattr(multi_tensor, "_pinned", multi_tensor._Pinned())
+    capturing = [True]
+    monkeypatch.setattr(multi_tensor, "_capturing", lambda device: capturing[0])
+    params, expected = random_params(), random_params()
+    (step, state), (other_step, other_state) = stepper(kernel, params), stepper(kernel, expected)
+    assert not step(random_gradients(params, 0))
+    assert_same_bits(params, random_params())
+    capturing[0] = False
+    for seed in range(2):
+        assert other_step(random_gradients(params, seed))
+    assert step(random_gradients(params, 0))
+    capturing[0] = True
+    room = multi_tensor._pinned.room
+    assert step(random_gradients(params, 1))
+    assert_same_bits(values(params, state), values(expected, other_state))
+    words = room - multi_tensor._pinned.room
+    kept = [t.clone() for t in multi_tensor._pinned._used]
+    assert step(random_gradients(params, 2))
+    assert_same_bits(multi_tensor._pinned._used[: len(kept)], kept)
+    monkeypatch.setattr(multi_tensor._pinned, "_free", multi_tensor._pinned._free[: words - 1])
+    before = values(params, state)
+    assert not step(random_gradients(params, 3))
+    assert_same_bits(values(params, state), before)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_captured_step_is_the_step(kernel: str) -> None:
+    params, expected = random_params(), random_params()
+    (step, state), (other_step, other_state) = stepper(kernel, params), stepper(kernel, expected)
+    gradients = random_gradients(params, 0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert step(gradients)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert other_step(gradients)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assert step(gradients)
+    for seed in range(1, 4):
+        fresh = random_gradients(params, seed)
+        for g, new in zip(chain(*gradients), chain(*fresh), strict=True):
+            g.copy_(new)
+        graph.replay()
+        # Tables of other tensors in between, in whatever memory is free.
+        step_of_others, _ = stepper(kernel, random_params())
+        assert step_of_others(fresh)
+        assert other_step(fresh)
+    assert_same_bits(values(params, state), values(expected, other_state))
 
 
 # ---------------------------------------------------------------- inside the optimizer
