@@ -232,7 +232,7 @@ def combined(gradients: list[list[Tensor | None]], weights: Tensor) -> dict[int,
     rows = {p: [column[p] for column in gradients] for p in reached(gradients)}
     alone = {p: next(g for g in row if g is not None) for p, row in rows.items() if row.count(None) == len(row) - 1}
     shared = [p for p in rows if p not in alone]
-    copies = [[None if column[p] is None else column[p].clone() for p in shared] for column in gradients]
+    copies = [[None if g is None else g.clone() for g in (column[p] for p in shared)] for column in gradients]
     return alone | dict(zip(shared, weighted_sum(copies, weights), strict=True))
 
 
@@ -310,8 +310,9 @@ def test_weighted_adamw_is_the_weighted_sum_and_the_for_loop(k: int, given: dict
     for step in range(3):
         gradients = random_step(SHAPES, k, dtype, step)
         along = combined(gradients, weights)
-        own = [[column[p] for p in along] if column else [] for column in their_state]
-        adamw([theirs[p] for p in along], list(along.values()), *own, **chosen, amsgrad=amsgrad, foreach=False)
+        m, v, largest, counts = ([column[p] for p in along] if column else [] for column in their_state)
+        own = [theirs[p] for p in along]
+        adamw(own, list(along.values()), m, v, largest, counts, **chosen, amsgrad=amsgrad, foreach=False)
         there = [to(column, DEVICE, dtype) for column in gradients]
         assert triton_weighted.weighted_adamw(ours, there, weights.to(DEVICE), *our_state, **on_device(chosen))
     rtol = 1e-6 if dtype is torch.float32 else 1e-13
@@ -322,7 +323,8 @@ def test_weighted_adamw_is_the_weighted_sum_and_the_for_loop(k: int, given: dict
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_weighted_sum_of_half_precision_is_rounded_once_at_the_end(dtype: torch.dtype) -> None:
     """Weights and sums that the dtype does not have: 0.1 times 1 and 0.9 times 1 is 1, and a step to 1 − 0.6 ulp."""
-    p, buffers = torch.ones(BLOCK + 3, dtype=dtype, device=DEVICE), [None]
+    p = torch.ones(BLOCK + 3, dtype=dtype, device=DEVICE)
+    buffers: list[Tensor | None] = [None]
     g, weights = torch.ones_like(p), torch.tensor([0.1, 0.9], dtype=torch.float64, device=DEVICE)
     lr = 0.6 * torch.finfo(dtype).eps
     assert triton_weighted.weighted_sgd([p], [[g], [g]], weights, buffers, **sgd_options({"lr": lr}))
@@ -622,7 +624,7 @@ def test_a_tensor_may_change_between_two_steps(change: str) -> None:
     """The kernel follows, or leaves the step to torch; it never takes the tensor for what it was."""
     p, g = torch.ones(4, 4, device=DEVICE), torch.ones(4, 4, device=DEVICE)
     buffers: list[list[Any]] = [[None]]
-    taken = partial(triton_dot_sgd.dot_sgd, [p], buffers=buffers, **options(1, {"lr": 1.0}))
+    taken: Any = partial(triton_dot_sgd.dot_sgd, [p], buffers=buffers, **options(1, {"lr": 1.0}))
     assert taken([[g]])
     if change == "data":
         p.data = torch.full((4, 4), 7.0, device=DEVICE)

@@ -126,7 +126,7 @@ def launches(
             for t in (rate, weights, grad_scale, found_inf)
         )
         own = [params[p] for p in positions]
-        columns = [[column[p] for p in positions] for column in (*gradients, *buffers)]
+        columns: list[Column] = [own, *([column[p] for p in positions] for column in (*gradients, *buffers))]
         if device.type not in _DEVICES or dtype not in _DTYPES or (rows := _rows(own, columns)) is None:
             return None
         if not _runs(kernel, device, dtype, len(gradients), scalars):
@@ -142,8 +142,8 @@ def launches(
 # ---------------------------------------------------------------- what a kernel can take
 
 
-def _rows(params: list[Tensor], columns: list[list[Tensor | None]]) -> list[list[int]] | None:
-    """Sizes and addresses; None where the n-th element in memory is not the n-th one of the parameter."""
+def _rows(params: list[Tensor], columns: Sequence[Column]) -> list[list[int]] | None:
+    """Sizes, and each column's addresses; None where the n-th element in memory is not the n-th of the parameter."""
     try:
         parts = _parts(params, params)
         sizes, contiguous = list(map(Tensor.numel, parts)), list(map(Tensor.is_contiguous, parts))
@@ -152,7 +152,7 @@ def _rows(params: list[Tensor], columns: list[list[Tensor | None]]) -> list[list
         odd = [at for at, n in enumerate(sizes) if n == 1 or not contiguous[at]]
         if not all(_dense(parts[at]) for at in odd):
             return None
-        for column in (params, *columns):
+        for column in columns:
             others = _parts(column, params)
             if (
                 list(map(Tensor.numel, others)) != sizes
@@ -168,7 +168,7 @@ def _rows(params: list[Tensor], columns: list[list[Tensor | None]]) -> list[list
     return rows
 
 
-def _parts(column: Sequence[Tensor | None], params: list[Tensor]) -> list[Tensor]:
+def _parts(column: Column, params: list[Tensor]) -> list[Tensor]:
     """What this process holds of each, in the same memory; of the parameter where there is none.
 
     Raises:

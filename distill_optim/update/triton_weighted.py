@@ -110,7 +110,7 @@ def weighted_adamw(
         if step.dtype is not torch.float32 or step.get_device() != p.get_device():
             return False
     sign = -1 if maximize else 1
-    buffers = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs or [None] * len(params))
+    buffers: list[multi_tensor.Column] = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs or [None] * len(params)]
     found = multi_tensor.launches(
         "weighted_adamw",
         params,
