@@ -708,6 +708,7 @@ from distill_optim.update import kernels
 for name in "dot_sgd", "weighted_sgd", "weighted_adamw":
     for dtype in "float32", "bfloat16", "float64":
         kernel = getattr(kernels, name)
+        assert all(p.do_not_specialize or p.is_constexpr for p in kernel.params)
         stored, computed = kernels.PRECISION[dtype]
         kind = dict.fromkeys(kernel.arg_names, "constexpr")
         kind |= {"table": "*i64", "tensors": "i32", "places": "*i64", "numbers": "*fp64", "weights": "*fp64"}

@@ -23,8 +23,11 @@ PRECISION: dict[str, tuple[Any, Any]] = {
     "float64": (tl.float64, tl.float64),
 }
 
-# Kernels are not compiled anew for a number that happens to be 1, or an address that happens to be a multiple of 16.
-_kernel = triton.jit(do_not_specialize=["tensors", "lr", "weights", "grad_scale", "found_inf"])
+# Kernels are not compiled anew for a number that happens to be 1, or an address that happens to be a multiple of 16:
+# what has run once can run in a CUDA graph's capture, when nothing can be loaded.
+_kernel = triton.jit(
+    do_not_specialize=["table", "tensors", "places", "numbers", "lr", "weights", "grad_scale", "found_inf"]
+)
 
 
 # ---------------------------------------------------------------- where everything lies
