@@ -437,7 +437,10 @@ def test_a_captured_step_has_tables_of_its_own(kernel: str, monkeypatch: pytest.
         assert other_step(random_gradients(params, seed))
     assert step(random_gradients(params, 0))
     capturing[0] = True
-    room = multi_tensor._pinned.room
+    room, known = multi_tensor._pinned.room, dict(multi_tensor._known)
+    multi_tensor._known.clear()
+    assert not step(random_gradients(params, 1))
+    multi_tensor._known.update(known)
     assert step(random_gradients(params, 1))
     assert_same_bits(values(params, state), values(expected, other_state))
     words = room - multi_tensor._pinned.room
@@ -667,15 +670,15 @@ def test_a_kernel_that_cannot_be_built_is_left_to_torch_with_a_warning(monkeypat
 def test_sharded_parameters() -> None:
     """Every process updates what it holds; stand-ins for the other processes, of which nothing is asked."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         mesh = init_device_mesh(DEVICE, (2,))
 
-        def sharded(part: Tensor) -> Any:
-            return DTensor.from_local(part.to(DEVICE), mesh, [Shard(0)], run_check=False)
+        def sharded(part: Tensor, placement: Any = Shard(0)) -> Any:  # noqa: B008  # never changed
+            return DTensor.from_local(part.to(DEVICE), mesh, [placement], run_check=False)
 
         ours = [torch.randn(3, 4), torch.randn(7)]
         theirs = [p.clone() for p in ours]
@@ -686,6 +689,9 @@ def test_sharded_parameters() -> None:
             gradients = [[torch.randn_like(p) for p in ours] for _ in range(2)]
             there: list[list[Any]] = [[sharded(g) for g in column] for column in gradients]
             assert not triton_dot_sgd.dot_sgd(params, gradients, buffers, **options(2, {}))
+            for placement in Replicate(), Partial():
+                cut = [[sharded(g, placement) for g in column] for column in gradients]
+                assert not triton_dot_sgd.dot_sgd(params, cut, buffers, **options(2, {}))
             assert triton_dot_sgd.dot_sgd(params, there, buffers, **options(2, {}))
             dot_sgd(theirs, gradients, their_buffers, **options(2, {}), foreach=False, fused=False)
         for mine, yours in zip([*params, *chain(*buffers)], [*theirs, *chain(*their_buffers)], strict=True):
