@@ -367,6 +367,15 @@ def stepper(kernel: str, params: list[Tensor]) -> tuple[Any, list[list[Any]]]:
     return partial(triton_weighted.weighted_adamw, params, weights=weights, **columns), state
 
 
+def test_step_counts_of_another_kind_are_left_to_torch() -> None:
+    params = random_params()
+    step, state = stepper("weighted_adamw", params)
+    counts = [*state[-1][:-1], torch.zeros((), dtype=torch.float64, device=DEVICE)]
+    assert not step(random_gradients(params, 0), steps=counts)
+    assert all(t.eq(0).all() for t in chain(*state))
+    assert_same_bits(params, random_params())
+
+
 def values(params: list[Tensor], state: list[list[Any]]) -> list[Any]:
     return to(chain(params, *state), "cpu", torch.float64)
 

@@ -105,20 +105,22 @@ def launches(
         numbers: hyperparameters, of which a tensor would have to be read; the learning rate goes in front of them.
         lr: learning rate. A tensor is read on the device, as are
         weights: shape (K,),
-        grad_scale, found_inf: what the gradients are to be divided by, and whether the step is to be skipped (0 or 1).
+        grad_scale, found_inf: what the gradients are to be divided by, and, unless it is 0, that the step be skipped.
     """
-    if torch.compiler.is_compiling() or any(isinstance(number, Tensor) for number in numbers):
+    # First what costs nothing: on a CPU that is all there is.
+    if not params or params[0].device.type not in _DEVICES or torch.compiler.is_compiling():
+        return None
+    if any(isinstance(number, Tensor) for number in numbers):
         return None
     if isinstance(lr, Tensor) and (lr.requires_grad or lr.numel() != 1 or not lr.is_floating_point()):
         return None
     kinds: defaultdict[tuple[int, torch.dtype], list[int]] = defaultdict(list)
     for p in sorted({p for column in gradients for p, g in enumerate(column) if g is not None}):
         kinds[params[p].get_device(), params[p].dtype].append(p)
-    found = []
-    words = 0
+    found, words = [], 0
     for (_, dtype), positions in kinds.items():
         device = params[positions[0]].device
-        number, rate = (lr, None) if not isinstance(lr, Tensor) else (0.0, lr)
+        number, rate = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
         if rate is not None and rate.device.type == "cpu" != device.type:
             number, rate = rate.item(), None
         scalars = tuple(

@@ -106,9 +106,6 @@ def weighted_adamw(
     Returns:
         As in :func:`weighted_sgd`.
     """
-    for p, step in zip(params, steps, strict=True):
-        if step.dtype is not torch.float32 or step.get_device() != p.get_device():
-            return False
     sign = -1 if maximize else 1
     buffers: list[multi_tensor.Column] = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs or [None] * len(params)]
     found = multi_tensor.launches(
@@ -122,11 +119,15 @@ def weighted_adamw(
         grad_scale=grad_scale,
         found_inf=found_inf,
     )
-    for launch in found or ():
+    if found is None or any(
+        t.dtype is not torch.float32 or t.get_device() != p.get_device() for t, p in zip(steps, params, strict=True)
+    ):
+        return False
+    for launch in found:
         counts = [steps[p] for p in launch.positions]
         torch._foreach_add_(counts, 1)
         launch.run([[count.data_ptr() for count in counts]], buffers)
         *_, skipped = launch.scalars
         if skipped is not None:
             torch._foreach_sub_(counts, [skipped] * len(counts))
-    return found is not None
+    return True
