@@ -64,21 +64,27 @@ def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> arg
 
 def pick(contenders: Sequence[Contender], options: argparse.Namespace) -> list[Contender]:
     """Those asked for, and those that ratios are given to; the first always."""
-    wanted = [text.lower() for text in (options.only or [""]) + options.against]
-    return [c for n, c in enumerate(contenders) if n == 0 or any(text in c.name.lower() for text in wanted)]
+    names = [c.name for c in contenders]
+    wanted = {name for text in (options.only or [""]) + options.against for name in _named(text, names)}
+    return [c for n, c in enumerate(contenders) if n == 0 or c.name in wanted]
 
 
 def references(contenders: Sequence[Contender], options: argparse.Namespace) -> list[str]:
-    """The first contender, and the first that has each text of ``--against`` in its name."""
+    """The first contender, and the first that is called, or has in its name, each text of ``--against``."""
     names = [c.name for c in contenders]
     found = [names[0]]
     for text in options.against:
-        named = [name for name in names if text.lower() == name.lower()]
-        named += [name for name in names if text.lower() in name.lower()]
+        named = _named(text, names)
         if not named:
             raise SystemExit(f"--against {text!r}: no contender is called that; there are {', '.join(names)}")
         found.append(named[0])
     return list(dict.fromkeys(found))
+
+
+def _named(text: str, names: Sequence[str]) -> list[str]:
+    """The name that is the text; where there is none, those that contain it."""
+    text = text.lower()
+    return [name for name in names if name.lower() == text] or [name for name in names if text in name.lower()]
 
 
 # ---------------------------------------------------------------- the clock
@@ -204,6 +210,18 @@ def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """In Markdown."""
     lines = [heads, ["---"] * len(heads), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def compare(case: str, rows: Sequence[Row]) -> None:
+    """Prints what was measured on one case: a table per ratio, contenders by numbers of losses."""
+    counts = list(dict.fromkeys(row["K"] for row in rows))
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    for to in rows[0]["ratios"]:
+        print(f"\n{case}, relative to “{to}”\n")
+        cells = [[name, *(number(row["ratios"][to]) for row in rows if row["contender"] == name)] for name in names]
+        print(table(["step", *(f"K = {k}" for k in counts)], cells), flush=True)
+    first = [row for row in rows if row["contender"] == names[0]]
+    print("\nms of the first row: " + ", ".join(milliseconds(row["milliseconds"]) for row in first))
 
 
 def finish(rows: list[Row], options: argparse.Namespace, case: Callable[[Row], str], what: str) -> None:

@@ -106,6 +106,7 @@ def contenders(k: int) -> dict[str, Callable[[nn.Module], Made]]:
         "summed loss, AdamW": plain(torch.optim.AdamW),
         "DOTSGD": ours(DOTSGD, **heavy),
         "DOTSGD, fused": ours(DOTSGD, fused=True, **heavy),
+        "DOTSGD, folded": ours(DOTSGD, fold=True, **heavy),
         "DOTSGD, backward then step": ours(DOTSGD, "backward", **heavy),
         "DOTAdamW": ours(DOTAdamW),
         "MoKDSGD": ours(MoKDSGD, **heavy),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
@@ -94,14 +96,32 @@ def conv() -> nn.Module:
     return nn.Sequential(*(m for w in widths for m in block(*w)), nn.Flatten(), nn.Linear(32 * 16, 10))
 
 
+class Block(nn.Module):
+    """Pre-norm layer of an encoder, of modules that can be hooked (torch's own attention calls none)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = width // 32
+        self.norm = nn.LayerNorm(width)
+        self.in_proj, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.in_proj(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y: Tensor = x + self.feed_forward(x)
+        return y
+
+
 class Transformer(nn.Module):
     """Pre-norm encoder on 64 patches of 4 × 4 pixels."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, 4)
-        layer = nn.TransformerEncoderLayer(width, width // 32, 4 * width, dropout=0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.layers = nn.Sequential(*(Block(width) for _ in range(layers)))
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,6 +134,18 @@ def transformer() -> nn.Module:
     return Transformer(192, 6)
 
 
+def vit() -> nn.Module:
+    """Six layers of width 384, 10.7 M parameters."""
+    return Transformer(384, 6)
+
+
+def wide() -> nn.Module:
+    """Five linear layers of width 1024, 7.4 M parameters."""
+    widths = [3 * 1024, *[1024] * 5]
+    hidden = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(1024, 10))
+
+
 def deep() -> nn.Module:
     """110 slim convolutions with batch norm, 329 tensors and 0.26 M parameters: many small operations."""
 
@@ -124,7 +156,7 @@ def deep() -> nn.Module:
     return nn.Sequential(*block(3, 16, 4), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
 
-STUDENTS = {"mlp": mlp, "conv": conv, "transformer": transformer, "deep": deep}
+STUDENTS = {"mlp": mlp, "wide": wide, "conv": conv, "deep": deep, "transformer": transformer, "vit": vit}
 
 
 def losses_of(logits: Tensor, k: int) -> list[Tensor]:

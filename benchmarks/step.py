@@ -22,7 +22,7 @@ from benchmarks.common import Contender, Row
 from benchmarks.dot_authors import AuthorsDOT
 from benchmarks.models import SETS, Shape, shapes_of
 from distill_optim import DOTSGD, DOTAdamW, MoKDAdamW, MoKDSGD
-from distill_optim.gradients import Collected
+from distill_optim.gradients import Collected, Column
 
 # The learning rate is too small to matter: the parameters are the same tensors for all contenders.
 LR = 1e-6
@@ -55,13 +55,11 @@ class Gradients:
         for own in self.each[1:]:
             torch._foreach_add_(grads, own)
 
-    def by_loss(self) -> dict[int, dict[Tensor, Tensor]]:
-        return {i: dict(zip(self.params, own, strict=True)) for i, own in enumerate(self.each)}
-
     def collected(self) -> Collected:
         """As they are when an optimizer has walked the losses back."""
         made = Collected(len(self.each))
-        made.gradients = list(self.by_loss().values())
+        made.align(self.params)
+        made.gradients = [list(own) for own in self.each]
         made.values = self.values()
         return made
 
@@ -164,7 +162,8 @@ def collect(gradients: Gradients) -> Contender:
 
     def run() -> None:
         with torch.no_grad():
-            collected[0].add(gradients.by_loss(), {}, gradients.values())
+            each: dict[int, Column] = {i: list(own) for i, own in enumerate(gradients.each)}
+            collected[0].add(gradients.params, each, [None] * len(gradients.params), gradients.values())
 
     return Contender("collect", run, prepare, words=len(gradients.each) + 1)
 

@@ -59,7 +59,23 @@ def contenders(student: Callable[[], nn.Module], k: int, options: argparse.Names
 
         return step
 
-    def ours(make: Any, through: bool = False, two_phases: bool = False, **options: Any) -> Step:
+    def batched() -> Step:
+        net = model()
+        params = list(net.parameters())
+        optimizer = torch.optim.SGD(params, lr=1e-3, momentum=0.9)
+
+        def step() -> None:
+            losses = torch.stack(losses_of(net(x), k))
+            each = torch.autograd.grad(losses, params, torch.eye(k).to(losses), is_grads_batched=True)
+            for p, gradients in zip(params, each, strict=True):
+                p.grad = gradients.sum(0)
+            optimizer.step()
+
+        return step
+
+    def ours(
+        make: Any, through: bool = False, two_phases: bool = False, observed: bool = False, **options: Any
+    ) -> Step:
         net = model()
         optimizer = make(net.parameters(), lr=1e-3, losses=k, **options)
 
@@ -71,6 +87,9 @@ def contenders(student: Callable[[], nn.Module], k: int, options: argparse.Names
                 optimizer.step()
             else:
                 optimizer.step(losses_of(logits, k), through=logits if through else None)
+            if observed:
+                with torch.no_grad():
+                    optimizer.observe(losses_of(net(x), k))
 
         return step
 
@@ -79,15 +98,19 @@ def contenders(student: Callable[[], nn.Module], k: int, options: argparse.Names
         "forward, K backward passes, SGD": plain(False, **heavy),
         "forward alone": passes(False),
         "forward, K backward passes, no update": passes(True),
+        "forward, one batched pass, SGD": batched(),
         "summed loss, SGD": plain(True, **heavy),
         "DOTSGD": ours(DOTSGD, **heavy),
         "DOTSGD, fused": ours(DOTSGD, fused=True, **heavy),
+        "DOTSGD, folded": ours(DOTSGD, fold=True, **heavy),
         "DOTAdamW": ours(DOTAdamW),
         "MoKDSGD": ours(MoKDSGD, **heavy),
         "MoKDSGD, backward then step": ours(MoKDSGD, two_phases=True, **heavy),
         "MoKDAdamW": ours(MoKDAdamW),
         "MoKDSGD, through=logits": ours(MoKDSGD, through=True, **heavy),
         "MoKDSGD, 4 steps of every=4": fourfold(ours(MoKDSGD, every=4, **heavy)),
+        "MoKDSGD, famo": ours(MoKDSGD, combine="famo", **heavy),
+        "MoKDSGD, famo, observe": ours(MoKDSGD, observed=True, combine="famo", **heavy),
     }
     return [Contender(name, step) for name, step in (steps | peers(k, x, model)).items()]
 
@@ -160,16 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     for student in options.students:
         found = [row for k in options.losses for row in measure(student, k, options)]
-        for to in found[0]["ratios"]:
-            print(f"\n{student}, relative to “{to}”\n")
-            names = list(dict.fromkeys(row["contender"] for row in found))
-            cells = [
-                [name, *(common.number(row["ratios"][to]) for row in found if row["contender"] == name)]
-                for name in names
-            ]
-            print(common.table(["step", *(f"K = {k}" for k in options.losses)], cells), flush=True)
-        first = [row for row in found if row["contender"] == found[0]["contender"]]
-        print("\nms of the first row: " + ", ".join(common.milliseconds(row["milliseconds"]) for row in first))
+        common.compare(student, found)
         rows += found
     common.finish(rows, options, lambda row: f"{row['student']}, K = {row['K']}", rows[0]["contender"])
 

@@ -1,6 +1,6 @@
 """Optimizers for training on several losses at once, distillation first."""
 
-from distill_optim import combine
+from distill_optim import combine, distill
 from distill_optim.closure import MultiLossClosure, joint_loss
 from distill_optim.dot import DOTSGD, DOTAdamW
 from distill_optim.mokd import MoKDAdamW, MoKDSGD
@@ -12,6 +12,7 @@ __all__ = [
     "MoKDSGD",
     "MultiLossClosure",
     "combine",
+    "distill",
     "joint_loss",
 ]
 

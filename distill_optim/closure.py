@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distill_optim.gradients import Losses, by_index, check_losses, is_losses
-from distill_optim.multi_loss import MultiLossOptimizer, Through, unwrap
+from distill_optim.multi_loss import MultiLossOptimizer, Through, Walk, unwrap
 
 
 class MultiLossClosure:
@@ -137,5 +137,5 @@ class _Joint(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         losses, optimizer, through = ctx.packed
         keep_graph: bool = torch._C._autograd._get_current_graph_task_keep_graph()
-        optimizer._backward(losses, scale=grads[0], through=through, joint=True, retain_graph=keep_graph)
+        optimizer._backward(losses, Walk(grads[0], through, joint=True, retain_graph=keep_graph))
         return (None,) * 3

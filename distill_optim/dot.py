@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from operator import is_not
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +14,18 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 from distill_optim.combine import gram
-from distill_optim.gradients import Collected
-from distill_optim.multi_loss import MultiLossOptimizer, Present, Through
+from distill_optim.gradients import (
+    Collected,
+    Column,
+    backward_onto,
+    hides_leaves,
+    leaves_above,
+    refuse_graphed,
+    refuse_unreached,
+)
+from distill_optim.multi_loss import MultiLossOptimizer, Present, Walk
 from distill_optim.stats import Stats
-from distill_optim.update import dot_adamw, dot_sgd
+from distill_optim.update import decay, descend, dot_adamw, dot_sgd
 
 
 class _DOT(MultiLossOptimizer):
@@ -64,13 +75,13 @@ class _DOT(MultiLossOptimizer):
         if not _on_device(base) and not 0 <= base < 1:
             raise ValueError(f"{self._memory}={base}: outside [0, 1)")
 
-    def _collect(self, losses: Mapping[int, Tensor], present: Present, *, through: Through | None, **how: Any) -> None:
-        if through is not None:
+    def _collect(self, losses: Mapping[int, Tensor], present: Present, walk: Walk) -> None:
+        if walk.through is not None:
             raise ValueError(
                 f"through: {type(self).__name__} needs every loss's gradient of every parameter, so one backward pass "
                 "cannot do; leave it out, or use MoKDSGD or MoKDAdamW"
             )
-        super()._collect(losses, present, through=None, **how)
+        super()._collect(losses, present, walk)
 
     def _plain_step(self) -> None:
         super()._plain_step()
@@ -96,10 +107,11 @@ class _DOT(MultiLossOptimizer):
                     state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def _remember(self, collected: Collected) -> None:
-        present, params = collected.present, self._params()
+        present = collected.present
 
         def shared_gram() -> Tensor:
-            return gram(collected.columns(collected.reached(params, at_least=2), present))
+            shared = [n for n, count in enumerate(collected.reach()) if count > 1]
+            return gram(collected.columns(shared, present))
 
         values = self._values(collected)
         self._stats = Stats(self._present_names(collected), values, torch.ones_like(values), shared_gram)
@@ -139,6 +151,10 @@ class DOTSGD(_DOT, SGD):
         delta: Δ.
         momentums: momenta by name, in place of μ ∓ Δ, for some losses or all.
         gain: ``"paper"`` or ``"matched"``.
+        fold: whether ``step(losses)`` has autograd add each loss's gradient to its momentum buffer, so that no gradient
+            is stored: less memory than a step on the summed loss takes. Then ``.grad`` stays None, and there is
+            nothing to clip, to unscale or to average, so that it is for one process without a GradScaler; and a
+            backward pass that fails in the middle leaves the buffers as far as it came.
         maximize, foreach, differentiable, fused: as in ``torch.optim.SGD``.
         process_group: ``"auto"`` (all, where ``torch.distributed`` runs with more than one) or a group: the processes
             that train one model, over which losses and gradients are averaged; None: they are independent.
@@ -159,6 +175,7 @@ class DOTSGD(_DOT, SGD):
     _memory = "momentum"
     _memories = "momentums"
     _buffer = "momentum_buffer"
+    _per_optimizer = (*_DOT._per_optimizer, "fold")
 
     def __init__(
         self,
@@ -173,13 +190,16 @@ class DOTSGD(_DOT, SGD):
         delta: float = 0.075,
         momentums: Mapping[str, float] | None = None,
         gain: str = "paper",
+        fold: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
         process_group: Any = "auto",
     ) -> None:
-        self._set_options(losses=losses, delta=delta, momentums=momentums, gain=gain, process_group=process_group)
+        self._set_options(
+            losses=losses, delta=delta, momentums=momentums, gain=gain, fold=fold, process_group=process_group
+        )
         super().__init__(
             params,
             lr,
@@ -196,9 +216,77 @@ class DOTSGD(_DOT, SGD):
     def _check_group(self, group: Mapping[str, Any]) -> None:
         if group["gain"] not in ("paper", "matched"):
             raise ValueError(f"gain={group['gain']!r}: expected 'paper' or 'matched'")
+        if group["fold"]:
+            for option in ("nesterov", "dampening", "maximize", "differentiable"):
+                if group[option]:
+                    raise ValueError(f"fold=True: it cannot do {option}={group[option]!r}; leave one of them out")
+            if isinstance(group["weight_decay"], Tensor):
+                raise ValueError("fold=True: it takes a number for weight_decay, not a tensor")
         super()._check_group(group)
+        if group["fold"] and not all([group["momentum"], *self._memory_per_loss(group)]):
+            raise ValueError(
+                f"fold=True: without momentum there is no buffer to add a gradient to, and the momenta are "
+                f"{group['momentum']} and {self._memory_per_loss(group)}; choose others, or leave fold out"
+            )
+
+    def _collect(self, losses: Mapping[int, Tensor], present: Present, walk: Walk) -> None:
+        if not self.defaults["fold"] or walk.through is not None:
+            super()._collect(losses, present, walk)
+            return
+        params = self._params()
+        leaves = self._check_fold(losses, params, stepping=walk.stepping)
+        reaching = [[i for i, reached in leaves.items() if p in reached] for p in params]
+        self._fill_buffers(p for p, by in zip(params, reaching, strict=True) if by)
+        folded: dict[int, Column] = {}
+        for i in losses:
+            key = self._keys()[i]
+            with torch.no_grad():
+                for group, positions in self._grouped():
+                    alike: defaultdict[tuple[float, float], list[Tensor]] = defaultdict(list)
+                    for p, by in ((params[n], reaching[n]) for n in positions if i in reaching[n]):
+                        momentum = self._memory_per_loss(group)[i] if len(by) > 1 else group["momentum"]
+                        alike[momentum, group["weight_decay"] if i == by[0] else 0].append(p)
+                    for (momentum, weight_decay), members in alike.items():
+                        own = [self.state[p][key] for p in members]
+                        decay(members, own, momentum=momentum, weight_decay=weight_decay)
+            folded[i] = [self.state[p][key] if i in by else None for p, by in zip(params, reaching, strict=True)]
+            backward_onto(i, losses, params, folded[i], self._names)
+        self._collected.align(params)
+        for i, buffers in folded.items():
+            self._collected.gradients[i] = buffers
+        self._collected.values = {i: loss.detach() for i, loss in losses.items()}
+
+    def _check_fold(
+        self, losses: Mapping[int, Tensor], params: Sequence[Tensor], *, stepping: bool
+    ) -> dict[int, set[Tensor]]:
+        """The leaves that each loss reaches; raises where gradients cannot be folded, before anything is changed."""
+        if not stepping:
+            raise ValueError(
+                "fold=True: no gradient is stored, so that there is nothing between backward and step; give the losses "
+                "to step, or leave fold out"
+            )
+        if self._processes() is not None:
+            raise ValueError("fold=True: it is for one process, as gradients that are not stored are not averaged")
+        if any(p.grad is not None for p in params):
+            raise ValueError("fold=True: there are gradients in .grad, which it would lose; call zero_grad() before")
+        if any(p._post_accumulate_grad_hooks for p in params):
+            raise ValueError("fold=True: a post-accumulate hook would be shown a momentum buffer; remove it")
+        if hides_leaves(losses.values()):
+            raise ValueError(
+                "fold=True: a reentrant checkpoint hides which parameters a loss reaches; call "
+                "checkpoint(..., use_reentrant=False)"
+            )
+        refuse_graphed(losses, self._names)
+        leaves = {i: leaves_above([loss]) for i, loss in losses.items()}
+        for i, reached in leaves.items():
+            if reached.isdisjoint(params):
+                refuse_unreached(self._names[i])
+        return leaves
 
     def _update(self, collected: Collected) -> None:
+        if self.defaults["fold"]:
+            self._descend(collected)
+            return
         self._remember(collected)
         present, keys = collected.present, self._keys()
         if any(group["nesterov"] or group["differentiable"] for group in self.param_groups):
@@ -206,15 +294,18 @@ class DOTSGD(_DOT, SGD):
             # be read off them is read now.
             assert self._stats is not None
             _ = self._stats.gram
-        for group in self.param_groups:
+        reach = collected.reach()
+        for group, positions in self._grouped():
             momenta = self._memory_per_loss(group)
-            params = collected.reached(group["params"])
-            states = [self._buffers_of(p) for p in params]
-            buffers = [[state.get(keys[i]) for state in states] for i in present]
+            reached = [n for n in positions if reach[n]]
+            params = [collected.params[n] for n in reached]
+            states = [self.state.get(p, {}) for p in params]
+            known = [[state.get(key) for state in states] for key in keys]
+            buffers = [list(known[i]) for i in present]
             matched = group["gain"] == "matched"
             dot_sgd(
                 params,
-                collected.columns(params, present),
+                collected.columns(reached, present),
                 buffers,
                 lr=group["lr"],
                 momentum=group["momentum"],
@@ -228,11 +319,27 @@ class DOTSGD(_DOT, SGD):
                 fused=group["fused"],
             )
             for i, column in zip(present, buffers, strict=True):
-                for p, state, buffer in zip(params, states, column, strict=True):
-                    if buffer is not state.get(keys[i]):
+                for p, before, buffer in zip(params, known[i], column, strict=True):
+                    if buffer is not before:
                         self.state[p][keys[i]] = buffer
-            if any(momenta):
+            if any(momenta) and not all(all(map(is_not, column, repeat(None))) for column in known):
                 self._fill_buffers(params)
+
+    def _descend(self, collected: Collected) -> None:
+        """The step along buffers that hold the gradients already."""
+        values, reach = self._values(collected), collected.reach()
+        self._stats = Stats(self._present_names(collected), values, torch.ones_like(values), None)
+        for group, positions in self._grouped():
+            momenta, lr = self._memory_per_loss(group), group["lr"]
+            for i in collected.present:
+                gain = (1 - momenta[i]) / (1 - group["momentum"]) if group["gain"] == "matched" else 1
+                for shared in True, False:
+                    mine = [
+                        (collected.params[n], collected.gradients[i][n]) for n in positions if (reach[n] > 1) is shared
+                    ]
+                    own = [(p, buffer) for p, buffer in mine if buffer is not None]
+                    if own:
+                        descend([p for p, _ in own], [v for _, v in own], lr=lr * gain if shared else lr)
 
 
 class DOTAdamW(_DOT, AdamW):
@@ -322,7 +429,8 @@ class DOTAdamW(_DOT, AdamW):
         self._capture_check()
         self._remember(collected)
         keys = self._keys()
-        for group in self.param_groups:
+        for group, positions in self._grouped():
+            stepping = [n for n in positions if collected.params[n].grad is not None]
             params: list[Tensor] = []
             summed: list[Tensor] = []
             lists: list[list[Tensor]] = [[], [], [], []]
@@ -335,7 +443,7 @@ class DOTAdamW(_DOT, AdamW):
                 foreach = foreach and (group["capturable"] or not isinstance(group["lr"], Tensor))
             dot_adamw(
                 params,
-                collected.columns(params, range(len(keys))),
+                collected.columns(stepping, range(len(keys))),
                 summed,
                 [[self.state[p][key] for p in params] for key in keys],
                 exp_avg_sqs,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.optim.optimizer import ParamsT, _get_capturable_supported_devices
 from distill_optim import combine as combination
 from distill_optim.gradients import (
     Collected,
+    Column,
     Losses,
     Sharded,
     backward_weighted,
@@ -25,7 +28,7 @@ from distill_optim.gradients import (
     values,
     walked_back,
 )
-from distill_optim.multi_loss import MultiLossOptimizer, Present, Through, unwrap
+from distill_optim.multi_loss import MultiLossOptimizer, Present, Through, Walk, unwrap
 from distill_optim.stats import Stats
 from distill_optim.update import weighted_sum
 
@@ -131,12 +134,13 @@ class _MoKD(MultiLossOptimizer):
     # ---------------------------------------------------------------- gradients → weights → update
 
     def _update(self, collected: Collected) -> None:
-        present, params = collected.present, collected.reached(self._params())
-        shared = collected.reached(params, at_least=2)
-        gram = combination.gram(collected.columns(shared, present))
+        present, params, reach = collected.present, collected.params, collected.reach()
+        shared = [n for n, count in enumerate(reach) if count > 1]
+        columns = collected.columns(shared, present)
+        gram = combination.gram(columns)
         losses = self._values(collected)
         # A loss that shares no parameter has nothing to be combined with.
-        sharing = [a for a, i in enumerate(present) if any(p in collected.gradients[i] for p in shared)]
+        sharing = [a for a, own in enumerate(columns) if not all(map(is_, own, repeat(None)))]
         memory: combination.State = {}
         if len(sharing) == len(present):
             weights, memory = self._weights(gram, losses.to(gram), present)
@@ -151,24 +155,29 @@ class _MoKD(MultiLossOptimizer):
                 weights = weights.index_put((_on(sharing, losses.device),), among.to(losses.device))
         self._stats = Stats(self._present_names(collected), losses, weights, gram)
 
-        gradients: dict[Tensor, Tensor] = {}
+        # Where one loss alone reaches a parameter, its own.
+        gradients: Column = [
+            next((g for g in column if g is not None), None) for column in zip(*collected.gradients, strict=True)
+        ]
         if shared:
-            gradients.update(zip(shared, weighted_sum(collected.columns(shared, present), weights), strict=True))
-        for i in present:
-            gradients.update({p: g for p, g in collected.gradients[i].items() if p not in gradients})
+            for n, combined in zip(shared, weighted_sum(columns, weights), strict=True):
+                gradients[n] = combined
         self._step_along(gradients)
         self._remember(memory)
 
-        self._alone = reached_alone({i: collected.gradients[i].keys() for i in present}, params)
+        self._alone = {
+            i: [p for p, g, n in zip(params, collected.gradients[i], reach, strict=True) if n == 1 and g is not None]
+            for i in present
+        }
         self._schedule(present, refreshed=True)
 
-    def _step_along(self, gradients: Mapping[Tensor, Tensor]) -> None:
+    def _step_along(self, gradients: Column) -> None:
         """The torch optimizer's step with these gradients in the place of ``.grad``."""
-        params = [p for p in self._params() if p.grad is not None or p in gradients]
+        params = self._params()
         summed = [p.grad for p in params]
         try:
-            for p in params:
-                p.grad = gradients.get(p)
+            for p, grad in zip(params, gradients, strict=True):
+                p.grad = grad
             self._base_step()
         finally:
             for p, grad in zip(params, summed, strict=True):
@@ -185,27 +194,18 @@ class _MoKD(MultiLossOptimizer):
 
     # ---------------------------------------------------------------- weights known before the backward pass
 
-    def _collect(
-        self,
-        losses: Mapping[int, Tensor],
-        present: Present,
-        *,
-        scale: Tensor | None,
-        through: Through | None,
-        joint: bool,
-        retain_graph: bool,
-    ) -> None:
+    def _collect(self, losses: Mapping[int, Tensor], present: Present, walk: Walk) -> None:
         if self._ahead is not None and all(p.grad is None for p in self._params()):
             # Cleared by model.zero_grad() after a step that a GradScaler skipped: what was ahead of it is void.
             self._ahead = self._next_memory = None
-        found = self._weights_ahead(losses, present, scale, through)
-        if (self._collected if found else self._ahead) or (self._collected and through is not None):
+        found = self._weights_ahead(losses, present, walk.scale, walk.through)
+        if (self._collected if found else self._ahead) or (self._collected and walk.through is not None):
             raise ValueError(
                 "through/every: the micro-batches of one step must all be walked back the same way; give the same "
                 "through= and the same losses to each, or call zero_grad() before"
             )
         if found is None:
-            super()._collect(losses, present, scale=scale, through=through, joint=joint, retain_graph=retain_graph)
+            super()._collect(losses, present, walk)
             return
         stats, alone = found
         before = backward_weighted(
@@ -214,13 +214,14 @@ class _MoKD(MultiLossOptimizer):
             self._params(),
             self._names,
             alone,
-            scale=scale,
-            retain_graph=retain_graph,
+            scale=walk.scale,
+            retain_graph=walk.retain_graph,
             replicas=self._replicas(),
         )
         with torch.no_grad():
-            for p, grad in self._same_everywhere(before).items():
-                p.grad = grad if p.grad is None else grad.add_(p.grad)
+            for p, grad in zip(self._params(), self._same_everywhere(before), strict=True):
+                if grad is not None:
+                    p.grad = grad if p.grad is None else grad.add_(p.grad)
             self._note_same()
         self._ahead = stats
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from distill_optim.gradients import (
     Collected,
+    Column,
     Losses,
     Replicas,
     Sharded,
@@ -30,6 +31,24 @@ Through = Tensor | list[Tensor] | tuple[Tensor, ...]
 
 # The losses that any process has, or a function that asks the others.
 Present = Sequence[int] | Callable[[], Sequence[int]]
+
+
+class Walk(NamedTuple):
+    """How losses are walked back.
+
+    Attributes:
+        scale: what their gradients are multiplied by, a scalar tensor.
+        through: see :meth:`MultiLossOptimizer.backward`.
+        joint: whether this is in the middle of somebody's backward pass of a joint loss.
+        retain_graph: whether the last loss leaves the graph in place.
+        stepping: whether the step follows at once.
+    """
+
+    scale: Tensor | None = None
+    through: Through | None = None
+    joint: bool = False
+    retain_graph: bool = False
+    stepping: bool = False
 
 
 class MultiLossOptimizer(Optimizer):
@@ -80,6 +99,14 @@ class MultiLossOptimizer(Optimizer):
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _grouped(self) -> Iterator[tuple[dict[str, Any], range]]:
+        """Each parameter group, and where its parameters stand among all."""
+        start = 0
+        for group in self.param_groups:
+            stop = start + len(group["params"])
+            yield group, range(start, stop)
+            start = stop
+
     # ---------------------------------------------------------------- what a training loop calls
 
     def step(
@@ -123,15 +150,17 @@ class MultiLossOptimizer(Optimizer):
                 f"{type(closure).__name__}; for one loss call .backward() on it and then step()"
             )
         if losses is not None:
-            self._backward(losses, through=through, stepping=True)
+            self._backward(losses, Walk(through=through, stepping=True))
             returned = detached(losses) if losses is closure else returned
         elif through is not None:
             raise ValueError("through: it needs the losses in the same call; give them to step, or it to backward")
         elif self._collected:
             self._check_groups()
             with torch.no_grad():
-                self._collected.follow({p: p.grad for p in self._params() if p.grad is not None})
+                params = self._params()
+                self._collected.follow(params, [p.grad for p in params])
         if self._collected:
+            self._collected.align(self._params())
             with torch.set_grad_enabled(self.defaults["differentiable"]):
                 self._update(self._collected)
             self._collected = Collected(len(self._names))
@@ -169,7 +198,7 @@ class MultiLossOptimizer(Optimizer):
             given = next(iter(losses.values() if isinstance(losses, Mapping) else losses), None)
             device = given.device if isinstance(given, Tensor) else torch.device("cpu")
             scale = scaler.scale(torch.ones((), device=device))
-        self._backward(losses, scale=scale, through=through)
+        self._backward(losses, Walk(scale, through))
         with torch.no_grad():
             self._collected.remember()
 
@@ -289,19 +318,10 @@ class MultiLossOptimizer(Optimizer):
 
     # Autograd's passes are no part of a compiled step, and sets of tensors are nothing that dynamo can trace.
     @_disable_dynamo
-    def _backward(
-        self,
-        losses: Losses,
-        *,
-        scale: Tensor | None = None,
-        through: Through | None = None,
-        joint: bool = False,
-        retain_graph: bool = False,
-        stepping: bool = False,
-    ) -> None:
+    def _backward(self, losses: Losses, walk: Walk) -> None:
         """Losses → gradients: checks them, and walks the graph back."""
         replicas = self._replicas()
-        joined = self._join(stepping=stepping)
+        joined = self._join(stepping=walk.stepping)
         try:
             indexed = by_index(losses, self._names)
             check_losses(indexed, self._names)
@@ -317,7 +337,7 @@ class MultiLossOptimizer(Optimizer):
             present = ask if joined else ask()
         if self._stats is not None:
             self._stats.release()
-        self._collect(indexed, present, scale=scale, through=through, joint=joint, retain_graph=retain_graph)
+        self._collect(indexed, present, walk)
 
     def _present_anywhere(self, replicas: Replicas, losses: Mapping[int, Tensor]) -> list[int]:
         """The losses that any process has, which all of them reduce."""
@@ -326,46 +346,37 @@ class MultiLossOptimizer(Optimizer):
             raise RuntimeError("losses: another process refused its own, so that no process can go on; see its error")
         return [i for i, has in enumerate(given) if has]
 
-    def _collect(
-        self,
-        losses: Mapping[int, Tensor],
-        present: Present,
-        *,
-        scale: Tensor | None,
-        through: Through | None,
-        joint: bool,
-        retain_graph: bool,
-    ) -> None:
+    def _collect(self, losses: Mapping[int, Tensor], present: Present, walk: Walk) -> None:
         """One backward pass per loss."""
         params, replicas = self._params(), self._replicas()
         gradients, before = backward_each(
             losses,
             params,
             self._names,
-            scale=scale,
-            retain_graph=retain_graph,
+            scale=walk.scale,
+            retain_graph=walk.retain_graph,
             present=present,
             replicas=replicas,
         )
         given = self._mean({i: loss.detach() for i, loss in losses.items()}, list(gradients))
 
-        def finish(before: dict[Tensor, Tensor]) -> None:
+        def finish(before: Column) -> None:
             with torch.no_grad():
-                self._collected.add(gradients, self._same_everywhere(before), given, joint=joint)
+                self._collected.add(params, gradients, self._same_everywhere(before), given, joint=walk.joint)
                 self._note_same()
 
-        if not joint:
+        if not walk.joint:
             finish(before)
             return
 
         # A joint loss is walked back in the middle of somebody's backward pass, in which other losses may leave their
         # gradients in .grad too; what they leave belongs to no loss by name, and is known when that pass ends.
         def at_the_end() -> None:
-            finish({p: p.grad for p in params if p.grad is not None})
+            finish([p.grad for p in params])
             with torch.no_grad():
                 self._collected.remember()
 
-        for p, grad in before.items():
+        for p, grad in zip(params, before, strict=True):
             p.grad = grad
         torch.autograd.Variable._execution_engine.queue_callback(at_the_end)
 
@@ -403,16 +414,18 @@ class MultiLossOptimizer(Optimizer):
         own = [values[i].to(home, torch.float64).reshape(()) if i in values else zero for i in present]
         return dict(zip(present, processes.mean(torch.stack(own)).unbind(), strict=True))
 
-    def _same_everywhere(self, grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    def _same_everywhere(self, grads: Column) -> Column:
         """These ``.grad``, with those averaged that may differ between the processes: what nobody here left there."""
         replicas = self._replicas()
         if replicas is None:
             return grads
-        foreign = dict(grads)
-        for p, (same, version) in self._known_same.items():
-            if grads.get(p) is same and same._version == version:
-                del foreign[p]
-        return {**grads, **replicas.average(foreign, self._params())()}
+        params, foreign = self._params(), list(grads)
+        for n, p in enumerate(params):
+            same, version = self._known_same.get(p, (None, None))
+            if same is not None and grads[n] is same and same._version == version:
+                foreign[n] = None
+        averages = replicas.average(foreign, params)()
+        return [grad if average is None else average for grad, average in zip(grads, averages, strict=True)]
 
     def _note_same(self) -> None:
         """Takes down which ``.grad`` are the same in all processes: those of now."""
@@ -464,7 +477,7 @@ class MultiLossOptimizer(Optimizer):
                 if replicas is not None:
                     optimizer.zero_grad()
                     present = partial(optimizer._present_anywhere, replicas, {})
-                    optimizer._collect({}, present, scale=None, through=None, joint=False, retain_graph=False)
+                    optimizer._collect({}, present, Walk(stepping=True))
                     with torch.no_grad():
                         optimizer._update(optimizer._collected)
                     optimizer._collected = Collected(len(optimizer._names))
@@ -484,7 +497,7 @@ class MultiLossOptimizer(Optimizer):
 
     def _home(self) -> torch.device:
         """The device of the first parameter, where statistics live."""
-        return next((p.device for p in self._params()), torch.device("cpu"))
+        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
     def _present_names(self, collected: Collected) -> list[str]:
         return [self._names[i] for i in collected.present]

@@ -18,7 +18,7 @@ def local(tensor: Tensor) -> tuple[Tensor, Shards]:
         >>> local(torch.ones(2))
         (tensor([1., 1.]), None)
     """
-    if not hasattr(tensor, "to_local"):
+    if type(tensor) is Tensor or not hasattr(tensor, "to_local"):
         return tensor, None
     from torch.distributed.tensor import DTensor, Replicate
 

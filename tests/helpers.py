@@ -78,7 +78,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
             "params": [p.detach() for p in params],
             "grads": [p.grad for p in params],
             "state": [dict(optimizer.state[p]) for p in params if p in optimizer.state],
-            "collected": [list(own.values()) for own in collected.gradients] if collected else [],
+            "collected": collected.gradients if collected else [],
             "options": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
         }
     )

@@ -70,3 +70,12 @@ def test_a_step_takes_at_most_k_more_gradient_sets(
     ours = peak_of_a_step(cls(model.parameters(), losses=k, **flags), losses, how)
     # Activations, vectors of one width: some thousandths of a set.
     assert ours <= plain + (k + 0.02) * size, f"{(ours - plain) / size:.3f} more sets than a plain step"
+
+
+def test_folded_gradients_take_no_memory() -> None:
+    """Less than a plain step, which stores one set."""
+    model, losses, size = wide(2)
+    plain = peak_of_a_step(SGD(model.parameters(), momentum=0.5), losses, "plain")
+    ours = peak_of_a_step(DOTSGD(model.parameters(), fold=True), losses, "list")
+    # One layer's gradient exists between its making and its adding, a quarter of a set.
+    assert ours <= plain - 0.7 * size, f"{(plain - ours) / size:.3f} sets less than a plain step"

@@ -232,6 +232,14 @@ def test_joint_loss_may_keep_the_graph(cls: Any) -> None:
         loss.backward()
 
 
+@pytest.fixture(params=["read", "unread"])
+def factors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as where reading them would be waiting for a device."""
+    if request.param == "unread":
+        monkeypatch.setattr("distill_optim.gradients.collected._readable", lambda numbers: list(numbers.unbind()))
+
+
+@pytest.mark.usefixtures("factors")
 @pytest.mark.parametrize("max_norm", [0.05, 1e6])
 def test_clipping_between_the_phases_acts_on_every_loss(max_norm: float) -> None:
     """DOT after clip_grad_norm_ is two SGDs on two gradients, each times the coefficient of the sum."""
@@ -261,6 +269,7 @@ def test_clipping_between_the_phases_acts_on_every_loss(max_norm: float) -> None
         torch.testing.assert_close(flat(ours.parameters()), flat(params), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.usefixtures("factors")
 def test_what_is_done_to_one_parameter_stays_there() -> None:
     """Clipping the student does not scale the projector; a .grad set to None leaves its parameter out."""
     model = student(torch.float64)
@@ -278,6 +287,7 @@ def test_what_is_done_to_one_parameter_stays_there() -> None:
         torch.testing.assert_close(layer.weight.detach(), expected.detach(), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.usefixtures("factors")
 def test_clipping_reaches_a_parameter_of_one_loss_once() -> None:
     """Its .grad is its only loss's gradient, but not the same memory."""
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
@@ -290,6 +300,7 @@ def test_clipping_reaches_a_parameter_of_one_loss_once() -> None:
         torch.testing.assert_close(p.detach(), torch.full((3,), 1 - 0.1**0.5), rtol=1e-5, atol=0)
 
 
+@pytest.mark.usefixtures("factors")
 def test_gradients_that_cancel_out_are_not_lost() -> None:
     """0/0: the norm of a .grad that is zero from the start says nothing about a factor."""
     p = nn.Parameter(torch.ones(3))
@@ -352,6 +363,7 @@ EDITS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.usefixtures("factors")
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("phases", ["backward", "joint"])
 def test_an_edit_that_is_no_factor_gives_the_plain_step(edit: str, phases: str) -> None:
@@ -372,6 +384,7 @@ def test_an_edit_that_is_no_factor_gives_the_plain_step(edit: str, phases: str) 
         torch.testing.assert_close(p.detach(), start[name] - 0.1 * grads[name], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.usefixtures("factors")
 def test_a_factor_is_followed_out_of_place_too() -> None:
     a, b = student(), student()
     first, second = DOTSGD(a.parameters(), lr=0.1), DOTSGD(b.parameters(), lr=0.1)
@@ -389,6 +402,7 @@ def test_a_factor_is_followed_out_of_place_too() -> None:
     assert_same_bits(a.parameters(), b.parameters())
 
 
+@pytest.mark.usefixtures("factors")
 def test_cancelled_gradients_are_unscaled_like_the_others() -> None:
     """Where .grad is zero there is nothing to read a factor off; the rest of the model tells it."""
     p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
@@ -503,6 +517,7 @@ def test_through_is_taken_by_joint_loss_and_closure() -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.usefixtures("factors")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64])
 @pytest.mark.parametrize("cls", OURS)
 def test_a_factor_is_followed_in_every_dtype(cls: Any, dtype: torch.dtype) -> None:
@@ -527,6 +542,7 @@ def test_a_factor_is_followed_in_every_dtype(cls: Any, dtype: torch.dtype) -> No
     assert_same_bits(ours, theirs)
 
 
+@pytest.mark.usefixtures("factors")
 @pytest.mark.parametrize("edit", ["factor", "one element"])
 def test_grad_is_compared_piece_by_piece(edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change in the last piece of a large tensor is seen."""

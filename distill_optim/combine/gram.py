@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from operator import is_not
 
 import torch
 from torch import Tensor
 
 from distill_optim.sharding import Shards, add_up, local
 
-# Elements that are cast to float64 at a time: on a CPU small enough to stay in the cache between the cast and
-# the dot products, on an accelerator large enough that the number of launches stays small.
-_BUCKET = {"cpu": 1 << 18}
-_BUCKET_ACCELERATOR = 1 << 22
+# Numbers held in float64 at a time, of all gradients together: on a CPU few enough to stay in the cache between
+# the cast and the products, on an accelerator enough that the number of launches stays small.
+_BUCKET = {"cpu": 1 << 20}
+_BUCKET_ACCELERATOR = 1 << 24
 
 
 def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
@@ -45,52 +47,71 @@ def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     """
     k = len(gradients)
     # Columns that the same losses reach, on one device, in one kind of shards.
-    reached: defaultdict[tuple[tuple[int, ...], torch.device, Shards], list[list[Tensor]]] = defaultdict(list)
+    alike: defaultdict[tuple[tuple[bool, ...], torch.device, Shards], list[list[Tensor]]] = defaultdict(list)
     for column in zip(*gradients, strict=True):
-        losses = tuple(i for i, gradient in enumerate(column) if gradient is not None)
         parts = [local(gradient) for gradient in column if gradient is not None]
-        if losses:
-            reached[losses, parts[0][0].device, parts[0][1]].append([part for part, _ in parts])
-    if not reached:
-        return torch.zeros((k, k), dtype=torch.float64)
-    home = next(iter(reached))[1]
-    zero = torch.zeros((), dtype=torch.float64, device=home)
-    products: defaultdict[Shards, dict[tuple[int, int], Tensor]] = defaultdict(dict)
-    for (losses, device, shards), columns in reached.items():
-        sums = products[shards]
-        bucket = _BUCKET.get(device.type, _BUCKET_ACCELERATOR)
-        for vectors in zip(*(_flat_buckets(tensors, bucket) for tensors in zip(*columns, strict=True)), strict=True):
-            for a, i in enumerate(losses):
-                for b, j in enumerate(losses[: a + 1]):
-                    product = torch.dot(vectors[a], vectors[b])
-                    if device != home:
-                        product = product.to(home, non_blocking=home.type != "cpu")
-                    sums[i, j] = sums[i, j] + product if (i, j) in sums else product
+        if parts:
+            reached = tuple(map(is_not, column, repeat(None)))
+            alike[reached, parts[0][0].device, parts[0][1]].append([_real(part) for part, _ in parts])
+    home = next(iter(alike))[1] if alike else torch.device("cpu")
+    sums: dict[Shards, Tensor] = {}
+    for (reached, device, shards), columns in alike.items():
+        products = _products(columns, _BUCKET.get(device.type, _BUCKET_ACCELERATOR))
+        if device != home:
+            products = products.to(home, non_blocking=home.type != "cpu")
+        matrix = _matrix(products, [i for i, here in enumerate(reached) if here], k)
+        sums[shards] = sums[shards] + matrix if shards in sums else matrix
     total = torch.zeros((k, k), dtype=torch.float64, device=home)
-    for shards, sums in products.items():
-        # One product per pair: the matrix is symmetric to the last bit.
-        matrix = torch.stack([sums.get((max(i, j), min(i, j)), zero) for i in range(k) for j in range(k)]).view(k, k)
+    for shards, matrix in sums.items():
         add_up(matrix, shards)
-        total = total + matrix
+        total += matrix
     return total
 
 
-def _flat_buckets(tensors: Sequence[Tensor], bucket: int) -> Iterator[Tensor]:
-    """The tensors' elements in order, as float64 vectors of at most ``bucket`` elements."""
-    pieces: list[Tensor] = []
+def _products(columns: Sequence[Sequence[Tensor]], bucket: int) -> Tensor:
+    """Inner products of the columns' K rows, as a vector: (0, 0), (1, 0), (1, 1), (2, 0), …
+
+    One by one, although a matrix product would be faster for many losses: it takes its sums in another order from
+    entry to entry, so that equal gradients would not have equal products.
+    """
+    k, device = len(columns[0]), columns[0][0].device
+    bucket = max(bucket // k, 1)
+    size = min(bucket, sum(column[0].numel() for column in columns))
+    # Every row begins at a multiple of 64 bytes: where a sum begins is where its order begins too.
+    rows = torch.empty((k, -(-size // 8) * 8), dtype=torch.float64, device=device)
+    total = torch.zeros(k * (k + 1) // 2, dtype=torch.float64, device=device)
+    for pieces in _buckets(columns, bucket):
+        filled = sum(column[0].numel() for column in pieces)
+        used = rows[:, :filled].unbind()
+        for row, own in zip(used, zip(*pieces, strict=True), strict=True):
+            row.copy_(own[0].reshape(-1) if len(own) == 1 else torch._C._nn.flatten_dense_tensors(list(own)))
+        total += torch.stack([torch.dot(used[i], used[j]) for i in range(k) for j in range(i + 1)])
+    return total
+
+
+def _matrix(products: Tensor, losses: Sequence[int], k: int) -> Tensor:
+    """The symmetric matrix of all K losses, in which those without a gradient have zeros."""
+    known = iter(products.unbind())
+    pairs = {(i, j): next(known) for n, i in enumerate(losses) for j in losses[: n + 1]}
+    zero = torch.zeros_like(products[0])
+    return torch.stack([pairs.get((max(i, j), min(i, j)), zero) for i in range(k) for j in range(k)]).view(k, k)
+
+
+def _buckets(columns: Iterable[Sequence[Tensor]], bucket: int) -> Iterator[list[Sequence[Tensor]]]:
+    """The columns, or flat pieces of large ones, of at most so many elements together."""
+    pieces: list[Sequence[Tensor]] = []
     filled = 0
-    for tensor in tensors:
-        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        flat = real.reshape(-1)
-        for piece in flat.split(bucket) if flat.numel() > bucket else (flat,):
-            if filled + piece.numel() > bucket:
-                yield _join(pieces)
+    for column in columns:
+        whole = column[0].numel() <= bucket
+        for piece in (column,) if whole else zip(*(t.reshape(-1).split(bucket) for t in column), strict=True):
+            if filled + piece[0].numel() > bucket:
+                yield pieces
                 pieces, filled = [], 0
             pieces.append(piece)
-            filled += piece.numel()
+            filled += piece[0].numel()
     if pieces:
-        yield _join(pieces)
+        yield pieces
 
 
-def _join(pieces: list[Tensor]) -> Tensor:
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).double()
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
+from operator import is_
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from distill_optim.gradients.collected import Column
 from distill_optim.gradients.graph import hides_leaves, leaves_above, nodes_above
 from distill_optim.gradients.processes import Replicas
 
@@ -16,21 +20,26 @@ NONE = -1
 
 
 @contextmanager
-def _grads_set_aside(params: Iterable[Tensor], replicas: Replicas | None) -> Iterator[dict[Tensor, Tensor]]:
+def _grads_set_aside(params: Sequence[Tensor], replicas: Replicas | None) -> Iterator[Column]:
     """Takes every ``.grad`` away for the duration, and puts it back if something raises."""
-    params = list(params)
-    aside = {p: p.grad for p in params if p.grad is not None}
+    aside = _taken(params)
     if replicas is not None:
         # DistributedDataParallel may have made it a part of a bucket, which the next backward pass overwrites.
-        aside = {p: grad.clone() if _is_part(grad) else grad for p, grad in aside.items()}
-    for p in aside:
-        p.grad = None
+        aside = [g if g is None or not _is_part(g) else g.clone() for g in aside]
     try:
         yield aside
     except BaseException:
-        for p in params:
-            p.grad = aside.get(p)
+        for p, grad in zip(params, aside, strict=True):
+            p.grad = grad
         raise
+
+
+def _taken(params: Sequence[Tensor]) -> Column:
+    """Takes every ``.grad`` away."""
+    grads = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    return grads
 
 
 def backward_each(
@@ -42,7 +51,7 @@ def backward_each(
     retain_graph: bool = False,
     present: Sequence[int] | Callable[[], Sequence[int]] | None = None,
     replicas: Replicas | None = None,
-) -> tuple[dict[int, dict[Tensor, Tensor]], dict[Tensor, Tensor]]:
+) -> tuple[dict[int, Column], Column]:
     """One gradient per loss, by one ``.backward()`` per loss with ``.grad`` taken away in between.
 
     (``torch.autograd.grad`` would be shorter, but skips the hooks that distributed training hangs on, ignores the
@@ -59,31 +68,29 @@ def backward_each(
         replicas: the processes to average over; one loss's gradient is under way while the next is walked back.
 
     Returns:
-        Per loss the gradient of each parameter that it reaches; and the ``.grad`` that were there before, which
-        are left set to None.
+        Per loss the gradients, None for a parameter that it does not reach; and the ``.grad`` that were there before,
+        which are left set to None.
 
     Raises:
         ValueError: for a loss whose graph was freed or can be walked back only once, that reaches no parameter, or
             whose gradient is sparse. All ``.grad`` are as before then.
     """
     refuse_graphed(losses, names)
-    gradients: dict[int, dict[Tensor, Tensor]] = {}
-    under_way: dict[int, Callable[[], dict[Tensor, Tensor]]] = {}
+    gradients: dict[int, Column] = {}
+    under_way: dict[int, Callable[[], Column]] = {}
     last = next(reversed(losses), None)
 
-    def walk(i: int, *, down_to_all: bool = False) -> tuple[dict[Tensor, Tensor], set[Tensor]]:
-        """The loss's gradients, and parameters that it does not reach although they have an entry."""
+    def walk(i: int, *, down_to_all: bool = False) -> tuple[Column, set[Tensor]]:
+        """The loss's gradients, and parameters that it does not reach although they have one."""
         others: set[Tensor] = set()
         if down_to_all:
             others = _backward_of_all(losses, i, params, names, scale, retain_graph=retain_graph or i != last)
         elif i in losses:
             seed = _seed(losses[i], scale)
             _backward({i: losses[i]}, names, seed, retain_graph=retain_graph or i != last)
-        own = {p: p.grad for p in params if p.grad is not None}
-        for p in own:
-            p.grad = None
+        own = _taken(params)
         if i in losses:
-            _check_gradients({p: g for p, g in own.items() if p not in others}, names[i])
+            _check_gradients([g for p, g in zip(params, own, strict=True) if p not in others], names[i])
         return own, others
 
     with _grads_set_aside(params, replicas) as before:
@@ -100,6 +107,32 @@ def backward_each(
                 under_way[i] = replicas.average(own, params, without=others)
             gradients.update({i: finish() for i, finish in under_way.items()})
     return gradients, before
+
+
+def backward_onto(
+    i: int, losses: Mapping[int, Tensor], params: Sequence[Tensor], targets: Column, names: Sequence[str]
+) -> None:
+    """Adds one loss's gradient to tensors that are there, as autograd adds to ``.grad``: no gradient is stored.
+
+    Args:
+        i: the loss that is walked back; the last one frees the graph.
+        losses: scalar losses by index.
+        params: the parameters, whose ``.grad`` are None before and afterwards.
+        targets: what the gradient of each is added to; None for a parameter that the loss does not reach.
+        names: names of all losses, for messages.
+
+    Raises:
+        ValueError: as :func:`backward_each`; what has been added by then stays.
+    """
+    for p, target in zip(params, targets, strict=True):
+        p.grad = target
+    try:
+        _backward({i: losses[i]}, names, _seed(losses[i], None), retain_graph=i != next(reversed(losses)))
+    finally:
+        for grad, target in zip(_taken(params), targets, strict=True):
+            # Autograd adds in place; what a hook puts there may be another tensor.
+            if grad is not None and target is not None and grad is not target:
+                target.copy_(grad)
 
 
 def _backward_of_all(
@@ -140,7 +173,7 @@ def backward_weighted(
     scale: Tensor | None = None,
     retain_graph: bool = False,
     replicas: Replicas | None = None,
-) -> dict[Tensor, Tensor]:
+) -> Column:
     """The gradient of the weighted sum, in one backward pass.
 
     Args:
@@ -167,14 +200,14 @@ def backward_weighted(
     with _grads_set_aside(params, replicas) as before:
         seeds = [_seed(loss, factors[i] if scale is None else factors[i] * scale) for i, loss in losses.items()]
         _backward(losses, names, *seeds, retain_graph=retain_graph)
-        _check_gradients({p: p.grad for p in params if p.grad is not None}, "/".join(names[i] for i in losses))
+        _check_gradients([p.grad for p in params], "/".join(names[i] for i in losses))
         for i in losses:
             grads = [p.grad for p in alone.get(i, ()) if p.grad is not None]
             if grads:
                 torch._foreach_div_(grads, factors[i].to(grads[0].device, grads[0].dtype))
         if replicas is not None:
-            mine = {p: p.grad for p in params if p.grad is not None}
-            for p, grad in replicas.average(mine, params)().items():
+            averages = replicas.average([p.grad for p in params], params)()
+            for p, grad in zip(params, averages, strict=True):
                 p.grad = grad
     return before
 
@@ -253,16 +286,21 @@ def refuse_graphed(losses: Mapping[int, Tensor], names: Sequence[str], stop: Col
             )
 
 
-def _check_gradients(gradients: Mapping[Tensor, Tensor], name: str) -> None:
-    if not gradients:
-        raise ValueError(
-            f"losses[{name!r}]: it reaches none of this optimizer's parameters; check that they require grad and "
-            "that the loss was computed from them, or leave it out of the mapping in such a step (under FSDP2 also "
-            "check that set_requires_gradient_sync(False) is not on, which keeps gradients out of .grad)"
-        )
-    for p, gradient in gradients.items():
-        if gradient.layout != torch.strided:
+def refuse_unreached(name: str) -> NoReturn:
+    """Raises for a loss without a gradient."""
+    raise ValueError(
+        f"losses[{name!r}]: it reaches none of this optimizer's parameters; check that they require grad and "
+        "that the loss was computed from them, or leave it out of the mapping in such a step (under FSDP2 also "
+        "check that set_requires_gradient_sync(False) is not on, which keeps gradients out of .grad)"
+    )
+
+
+def _check_gradients(gradients: Column, name: str) -> None:
+    if all(map(is_, gradients, repeat(None))):
+        refuse_unreached(name)
+    for gradient in gradients:
+        if gradient is not None and gradient.layout != torch.strided:
             raise ValueError(
-                f"losses[{name!r}]: the gradient of a parameter of shape {tuple(p.shape)} has layout "
+                f"losses[{name!r}]: the gradient of a parameter of shape {tuple(gradient.shape)} has layout "
                 f"{gradient.layout}; several losses need dense gradients, e.g. nn.Embedding(sparse=False)"
             )

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
+from operator import is_, is_not
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distill_optim.sharding import Shards, add_up, local
 
-Key = TypeVar("Key", bound=Hashable)
+# One gradient per parameter, None where there is none. By position: to look a tensor up costs more than the
+# arithmetic on a small gradient.
+Column = list[Tensor | None]
 
-# Elements of .grad that are compared at a time with the sum of what was collected.
+# Python's, or 0-d tensors where reading them would be waiting.
+Numbers = list[Any]
+
+# Elements that are compared, or rescaled, at a time.
 _BUCKET = 1 << 20
 
 
@@ -21,16 +28,19 @@ class Collected:
     """One gradient per loss and parameter, beside the ordinary ``.grad`` that holds their sum.
 
     Attributes:
-        gradients: per loss the gradient of each parameter that it reaches.
+        params: the parameters, in the order of the columns.
+        gradients: a column per loss.
         values: value of each loss, by loss: their sum over the micro-batches, or over those of a joint loss their mean,
             because whoever owns that backward divides it by their number.
     """
 
     def __init__(self, k: int) -> None:
-        self.gradients: list[dict[Tensor, Tensor]] = [{} for _ in range(k)]
+        self.params: list[Tensor] = []
+        self.gradients: list[Column] = [[] for _ in range(k)]
         self.values: dict[int, Tensor] = {}
         self._joint_calls: Tensor | int = 0
-        self._norms: dict[Tensor, Tensor] = {}
+        # Lengths of .grad as remember() saw them.
+        self._lengths: Column = []
 
     def __bool__(self) -> bool:
         return bool(self.values)
@@ -40,21 +50,34 @@ class Collected:
         """The losses that were given, in order."""
         return sorted(self.values)
 
-    def reached(self, params: Sequence[Tensor], at_least: int = 1) -> list[Tensor]:
-        """Those of the parameters that at least so many losses reach."""
-        if at_least == 1:
-            known = set().union(*self.gradients)  # takes over the hashes, which tensors work out in Python
-            return [p for p in params if p in known]
-        return [p for p in params if sum([p in own for own in self.gradients]) >= at_least]
+    def reach(self) -> list[int]:
+        """How many losses reach each parameter."""
+        return list(map(sum, zip(*(map(is_not, own, repeat(None)) for own in self.gradients), strict=True)))
 
-    def columns(self, params: Sequence[Tensor], losses: Sequence[int]) -> list[list[Tensor | None]]:
-        """The gradients as one list per loss, None where a loss does not reach a parameter."""
-        return [[self.gradients[i].get(p) for p in params] for i in losses]
+    def columns(self, positions: Sequence[int], losses: Sequence[int]) -> list[Column]:
+        """The gradients of the parameters at these positions, a column per loss."""
+        whole = len(positions) == len(self.params)
+        return [self.gradients[i] if whole else [self.gradients[i][n] for n in positions] for i in losses]
+
+    def align(self, params: Sequence[Tensor]) -> None:
+        """Puts the columns into the order of these parameters, some of which may be new, or gone."""
+        if len(params) == len(self.params) and all(map(is_, params, self.params)):
+            return
+        at = {id(p): n for n, p in enumerate(self.params)}
+        order = [at.get(id(p)) for p in params]
+
+        def aligned(column: Column) -> Column:
+            return [None if n is None else column[n] for n in order]
+
+        self.gradients = [aligned(own) for own in self.gradients]
+        self._lengths = aligned(self._lengths) if self._lengths else []
+        self.params = list(params)
 
     def add(
         self,
-        gradients: Mapping[int, dict[Tensor, Tensor]],
-        before: Mapping[Tensor, Tensor],
+        params: Sequence[Tensor],
+        gradients: Mapping[int, Column],
+        before: Column,
         values: Mapping[int, Tensor],
         *,
         joint: bool = False,
@@ -62,26 +85,21 @@ class Collected:
         """Adds one round of backward passes and leaves their sum in ``.grad``.
 
         Args:
-            gradients: per loss the gradient of each parameter that it reaches; kept, and written into later.
+            params: the parameters.
+            gradients: per loss its gradients; kept, and written into later.
             before: the ``.grad`` that were there before the round.
             values: the losses' values.
             joint: whether they came through a joint loss.
         """
         if self:
-            self.follow(before)
-        known = {p for own in self.gradients for p in own}
-        summed = _sum(gradients)
-        _share({p: g for p, g in before.items() if p not in known}, gradients)
+            self.follow(params, before)
+        self.align(params)
+        summed = _sum(list(gradients.values()))
+        nameless = [None if known else grad for known, grad in zip(self.reach(), before, strict=True)]
+        _share(nameless, list(gradients.values()))
         for i, own in gradients.items():
-            have = self.gradients[i]
-            again = [p for p in own if p in have]
-            if again:
-                torch._foreach_add_([have[p] for p in again], [own[p] for p in again])
-            have.update({p: g for p, g in own.items() if p not in have})
-        again = [p for p in summed if p in before]
-        if again:
-            torch._foreach_add_([before[p] for p in again], [summed[p] for p in again])
-        for p, grad in {**summed, **before}.items():
+            self.gradients[i] = _add(self.gradients[i], own)
+        for p, grad in zip(params, _add(before, summed), strict=True):
             p.grad = grad
         for i, value in values.items():
             if i in self.values:
@@ -92,9 +110,11 @@ class Collected:
 
     def remember(self) -> None:
         """Takes down how long ``.grad`` is now, for :meth:`follow`."""
-        self._norms = _norms({p: p.grad for own in self.gradients for p in own if p.grad is not None})
+        grads = [p.grad if reached else None for p, reached in zip(self.params, self.reach(), strict=True)]
+        lengths = iter(_lengths([g for g in grads if g is not None]))
+        self._lengths = [None if g is None else next(lengths) for g in grads]
 
-    def follow(self, grads: Mapping[Tensor, Tensor]) -> None:
+    def follow(self, params: Sequence[Tensor], grads: Column) -> None:
         """Makes the collected gradients add up to what ``.grad`` is now.
 
         If that is a multiple of what :meth:`remember` saw (unscaled, clipped, divided by the number of micro-batches),
@@ -103,162 +123,224 @@ class Collected:
         the parameter takes an equal share: the step of the summed loss. A parameter without ``.grad`` is dropped.
 
         Args:
-            grads: the present ``.grad`` of each parameter that has one.
+            params: the parameters.
+            grads: their present ``.grad``.
         """
+        self.align(params)
+        known = [None if length is None else grad for grad, length in zip(grads, self._lengths, strict=True)]
         for own in self.gradients:
-            for p in [p for p in own if p not in grads or p not in self._norms]:
-                del own[p]
-        params = [p for p in grads if any(p in own for own in self.gradients)]
-        if not params:
+            own[:] = [None if grad is None else gradient for gradient, grad in zip(own, known, strict=True)]
+        positions = [n for n, count in enumerate(self.reach()) if count]
+        if not positions:
             self.values.clear()
             self._joint_calls = 0
             return
-        home = params[0].device
-
-        def column(norms: Mapping[Tensor, Tensor]) -> Tensor:
-            zero = torch.zeros((), device=home)
-            return torch.stack([norms[p].to(home) if p in norms else zero for p in params]).double()
-
-        now, then = column(_norms({p: grads[p] for p in params})), column(self._norms)
-        parts = torch.stack([column(_norms(own)) for own in self.gradients]).sum(0)
+        now_is = [grad for grad in (grads[n] for n in positions) if grad is not None]
+        home = now_is[0].device
+        now = _stack(_lengths(now_is), home)
+        then = _stack([length for length in (self._lengths[n] for n in positions) if length is not None], home)
+        own_lengths = [iter(_lengths([g for g in own if g is not None])) for own in self.gradients]
+        zero = torch.zeros((), device=home)
+        parts = torch.zeros_like(now)
+        for own, lengths in zip(self.gradients, own_lengths, strict=True):
+            parts += _stack([zero if own[n] is None else next(lengths) for n in positions], home)
         # What rounding may do to a sum of gradients of these lengths, in micro-batches and in this precision.
-        dtypes = [grads[p].dtype for p in params]
+        dtypes = [grad.dtype for grad in now_is]
         units = {dtype: torch.full((), _rounding(dtype), dtype=torch.float64, device=home) for dtype in set(dtypes)}
         rounding = torch.stack([units[dtype] for dtype in dtypes])
         # Where the gradients cancel out in the sum, its length says nothing; there the rest of the model speaks.
         legible = (then > rounding * parts) & torch.isfinite(then)
         common = (now.square() * legible).nansum() / (then.square() * legible).nansum()
         factors = torch.where(legible, now / then, torch.where(legible.any(), common.sqrt(), 1))
-        residuals = column(self._residuals(params, grads, factors.unbind()))
+        buckets = list(self._buckets(positions, now_is))
+        residuals = _stack(_of_whole(_residuals(buckets, _readable(factors)), [local(g)[1] for g in now_is]), home)
         followed = residuals <= rounding * (now + factors * parts)
-        reaching = [[own[p] for own in self.gradients if p in own] for p in params]
-        # Taken apart once: to index a tensor costs more than the arithmetic on a small gradient.
-        portions = {n: torch.full((), 1 / n, dtype=torch.float64, device=home) for n in set(map(len, reaching))}
-        shares = {n: torch.where(followed, 1, portion).unbind() for n, portion in portions.items()}
-        numbers = zip(factors.unbind(), followed.unbind(), strict=True)
-        for n, (p, gradients, (factor, same)) in enumerate(zip(params, reaching, numbers, strict=True)):
-            grad = local(grads[p])[0]
-            for gradient in (local(g)[0] for g in gradients):
-                # In place, and not by products alone: what is to be forgotten may be infinite.
-                gradient.mul_(factor)
-                torch.where(same, gradient, grad, out=gradient)
-                if len(gradients) > 1:
-                    gradient.mul_(shares[len(gradients)][n])
+        numbers = _readable(torch.where(followed, factors, torch.nan))
+        for bucket in buckets:
+            for gradients in bucket.gradients:
+                _rescale(gradients, bucket.now, [numbers[n] for n in bucket.members], 1 / len(bucket.gradients))
         afresh = (now == 0).all()
         self.values = {i: torch.where(afresh.to(v.device), 0, v) for i, v in self.values.items()}
         self._joint_calls = torch.where(afresh, 0, self._joint_calls)
 
-    def _residuals(
-        self, params: Sequence[Tensor], grads: Mapping[Tensor, Tensor], factors: Sequence[Tensor]
-    ) -> dict[Tensor, Tensor]:
-        """How far each ``.grad`` is from its factor times the sum of the collected gradients."""
-        squares: dict[Tensor, Tensor] = {}
-        for run in self._runs(params, grads, factors):
-            sums = list(torch._foreach_mul([own[0] for _, _, _, own in run], 1))
-            for i in range(1, len(self.gradients)):
-                again = [n for n, (_, _, _, own) in enumerate(run) if len(own) > i]
-                if again:
-                    torch._foreach_add_([sums[n] for n in again], [run[n][3][i] for n in again])
-            torch._foreach_mul_(sums, [factor for _, _, factor, _ in run])
-            torch._foreach_sub_(sums, [grad for _, grad, _, _ in run])
-            for (p, _, _, _), norm in zip(run, _local_norms(dict(enumerate(sums))).values(), strict=True):
-                square = norm.double().square()
-                squares[p] = squares[p] + square if p in squares else square
-        return _of_whole({p: square.sqrt() for p, square in squares.items()}, {p: local(grads[p])[1] for p in params})
-
-    def _runs(
-        self, params: Sequence[Tensor], grads: Mapping[Tensor, Tensor], factors: Sequence[Tensor]
-    ) -> Iterator[list[tuple[Tensor, Tensor, Tensor, list[Tensor]]]]:
-        """Parameter, .grad, factor and the losses' gradients, in pieces, at most a bucket of elements at a time."""
-        run: list[tuple[Tensor, Tensor, Tensor, list[Tensor]]] = []
-        filled = 0
-        for p, factor in zip(params, factors, strict=True):
-            tensors = [local(t)[0] for t in (grads[p], *(own[p] for own in self.gradients if p in own))]
-            if tensors[0].numel() > _BUCKET and all(t.is_contiguous() for t in tensors):
-                pieces = list(zip(*(t.view(-1).split(_BUCKET) for t in tensors), strict=True))
-            else:
-                pieces = [tuple(tensors)]
-            for grad, *own in pieces:
-                if run and filled + grad.numel() > _BUCKET:
-                    yield run
-                    run, filled = [], 0
-                run.append((p, grad, factor, own))
-                filled += grad.numel()
-        if run:
-            yield run
+    def _buckets(self, positions: Sequence[int], grads: Sequence[Tensor]) -> Iterator[_Bucket]:
+        """The parameters at these positions, whose ``.grad`` are these, piece by piece."""
+        alike: defaultdict[object, list[tuple[int, list[Tensor]]]] = defaultdict(list)
+        columns = zip(*self.columns(positions, range(len(self.gradients))), strict=True)
+        for n, (grad, column) in enumerate(zip(grads, columns, strict=True)):
+            reaching = tuple(map(is_not, column, repeat(None)))
+            tensors = [local(t)[0] for t in (grad, *column) if t is not None]
+            alike[reaching, grad.device, grad.dtype].append((n, tensors))
+        for members in alike.values():
+            bucket: list[tuple[int, list[Tensor]]] = []
+            filled = 0
+            for n, tensors in members:
+                for piece in _pieces(tensors):
+                    size = piece[0].numel()
+                    if bucket and filled + size > _BUCKET:
+                        yield _Bucket.of(bucket)
+                        bucket, filled = [], 0
+                    bucket.append((n, piece))
+                    filled += size
+            yield _Bucket.of(bucket)
 
 
-def _share(nameless: Mapping[Tensor, Tensor], gradients: Mapping[int, dict[Tensor, Tensor]]) -> None:
+class _Bucket(NamedTuple):
+    """Pieces of parameters that the same losses reach, of one dtype, on one device.
+
+    They have ``_BUCKET`` elements in all at most, unless one is larger and cannot be cut.
+    """
+
+    members: Sequence[int]
+    now: list[Tensor]
+    gradients: list[list[Tensor]]
+
+    @classmethod
+    def of(cls, pieces: Sequence[tuple[int, list[Tensor]]]) -> _Bucket:
+        now, *gradients = map(list, zip(*(tensors for _, tensors in pieces), strict=True))
+        return cls([n for n, _ in pieces], now, gradients)
+
+
+def _pieces(tensors: list[Tensor]) -> list[list[Tensor]]:
+    if tensors[0].numel() <= _BUCKET or not all(t.is_contiguous() for t in tensors):
+        return [tensors]
+    return [list(piece) for piece in zip(*(t.view(-1).split(_BUCKET) for t in tensors), strict=True)]
+
+
+def _residuals(buckets: Sequence[_Bucket], factors: Numbers) -> list[Tensor]:
+    """How far each ``.grad`` is from its factor times the sum of the collected gradients."""
+    lengths: list[list[Tensor]] = [[] for _ in factors]
+    for members, now, (first, *others) in buckets:
+        sums = list(torch._foreach_mul(first, 1))
+        for more in others:
+            torch._foreach_add_(sums, more)
+        _multiply(sums, [factors[n] for n in members])
+        torch._foreach_sub_(sums, now)
+        for n, length in zip(members, _local_lengths(sums), strict=True):
+            lengths[n].append(length)
+    return [of[0] if len(of) == 1 else torch.stack(of).double().square().sum().sqrt() for of in lengths]
+
+
+def _readable(numbers: Tensor) -> Numbers:
+    """One by one; as Python's where nothing has to be waited for."""
+    if numbers.device.type == "cpu" and not torch.compiler.is_compiling():
+        read: list[float] = numbers.tolist()
+        return read
+    return list(numbers.unbind())
+
+
+def _multiply(tensors: list[Tensor], factors: Numbers) -> None:
+    """Each by its own factor, in place. Foreach functions take Python's numbers; others are spread to the shapes."""
+    spread = _spread(factors, tensors)
+    by = factors if spread is None else torch._C._nn.unflatten_dense_tensors(spread, tensors)
+    torch._foreach_mul_(tensors, by)
+
+
+def _rescale(gradients: list[Tensor], now: list[Tensor], factors: Numbers, share: float) -> None:
+    """Gradient ← factor · gradient, or share · now where the factor is nan; what is replaced may be infinite."""
+    spread = _spread(factors, gradients)
+    if spread is not None:
+        flat, instead = map(torch._C._nn.flatten_dense_tensors, (gradients, now))
+        flat = torch.where(spread.isnan(), instead * share, flat * spread).to(flat.dtype)
+        torch._foreach_copy_(gradients, torch._C._nn.unflatten_dense_tensors(flat, gradients))
+        return
+    scaled = [(gradient, x) for gradient, x in zip(gradients, factors, strict=True) if x == x and x != 1]
+    if scaled:
+        torch._foreach_mul_([gradient for gradient, _ in scaled], [x for _, x in scaled])
+    for gradient, grad, x in zip(gradients, now, factors, strict=True):
+        if x != x:
+            gradient.copy_(grad).mul_(share)
+
+
+def _spread(factors: Numbers, like: Sequence[Tensor]) -> Tensor | None:
+    """Tensors of one number each as a vector with a number per element; None for Python's numbers."""
+    if not isinstance(factors[0], Tensor):
+        return None
+    # A factor of 2⁻¹⁶ is no number in float16.
+    dtype = torch.float64 if like[0].dtype in (torch.float64, torch.complex128) else torch.float32
+    numbers = torch.stack(factors).to(like[0].device, dtype).unbind()
+    return torch.cat([x.expand(t.numel()) for x, t in zip(numbers, like, strict=True)])
+
+
+def _share(nameless: Column, gradients: Sequence[Column]) -> None:
     """Gives a ``.grad`` of no loss's name to the losses that reach the parameter, in equal parts.
 
     Where none does it becomes the first loss's: zeros after ``zero_grad(set_to_none=False)`` still decay a weight.
     """
-    for p, grad in nameless.items():
-        reaching = [own for own in gradients.values() if p in own]
-        for own in reaching:
-            own[p].add_(grad, alpha=1 / len(reaching))
+    for n, grad in enumerate(nameless):
+        if grad is None:
+            continue
+        reaching = [gradient for gradient in (own[n] for own in gradients) if gradient is not None]
+        for gradient in reaching:
+            gradient.add_(grad, alpha=1 / len(reaching))
         if not reaching:
-            next(iter(gradients.values()))[p] = grad.clone()
+            gradients[0][n] = grad.clone()
 
 
-def _sum(gradients: Mapping[int, dict[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
+def _add(column: Column, more: Column) -> Column:
+    """Entry by entry, in the first one's memory where both have one."""
+    both = [(a, b) for a, b in zip(column, more, strict=True) if a is not None and b is not None]
+    if both:
+        torch._foreach_add_([a for a, _ in both], [b for _, b in both])
+    return [b if a is None else a for a, b in zip(column, more, strict=True)]
+
+
+def _sum(columns: Sequence[Column]) -> Column:
     """The sum over the losses, in memory of its own."""
-    total: dict[Tensor, Tensor] = {}
-    borrowed: set[Tensor] = set()
-    for own in gradients.values():
-        fresh = [p for p in own if p in borrowed]
-        if fresh:
-            sums = torch._foreach_add([total[p] for p in fresh], [own[p] for p in fresh])
-            total.update(zip(fresh, sums, strict=True))
-        again = [p for p in own if p in total and p not in borrowed]
-        if again:
-            torch._foreach_add_([total[p] for p in again], [own[p] for p in again])
-        borrowed.difference_update(fresh)
-        new = {p: g for p, g in own.items() if p not in total}
-        total.update(new)
-        borrowed.update(new)
-    return {p: g.clone() if p in borrowed else g for p, g in total.items()}
+    reaching = [[g for g in column if g is not None] for column in zip(*columns, strict=True)]
+    total: Column = [own[0].clone() if len(own) == 1 else None for own in reaching]
+    several = [n for n, own in enumerate(reaching) if len(own) > 1]
+    if several:
+        sums = torch._foreach_add([reaching[n][0] for n in several], [reaching[n][1] for n in several])
+        for n, summed in zip(several, sums, strict=True):
+            total[n] = summed
+        for i in range(2, max(len(reaching[n]) for n in several)):
+            _add(total, [own[i] if len(own) > i else None for own in reaching])
+    return total
 
 
 def cleared(params: Sequence[Tensor], home: torch.device) -> Tensor:
     """Whether every ``.grad`` that there is is zero, on a device and without waiting for it."""
-    norms = _norms({p: p.grad for p in params if p.grad is not None}).values()
-    return (
-        torch.stack([torch.zeros((), dtype=torch.float64, device=home), *(n.to(home).double() for n in norms)])
-        .eq(0)
-        .all()
-    )
+    lengths = _lengths([p.grad for p in params if p.grad is not None])
+    return _stack([torch.zeros((), device=home), *lengths], home).eq(0).all()
 
 
-def _norms(grads: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+def _stack(numbers: Sequence[Tensor], home: torch.device) -> Tensor:
+    """0-d tensors as one vector, float64."""
+    return torch.stack([x if x.device == home else x.to(home) for x in numbers]).double()
+
+
+def _lengths(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Lengths; of a sharded tensor that of the whole."""
-    parts = {p: local(g) for p, g in grads.items()}
-    norms = _local_norms({p: part for p, (part, _) in parts.items()})
-    return _of_whole(norms, {p: shards for p, (_, shards) in parts.items()})
+    parts = [local(t) for t in tensors]
+    return _of_whole(_local_lengths([part for part, _ in parts]), [shards for _, shards in parts])
 
 
-def _of_whole(norms: dict[Key, Tensor], shards: Mapping[Key, Shards]) -> dict[Key, Tensor]:
+def _of_whole(lengths: list[Tensor], shards: Sequence[Shards]) -> list[Tensor]:
     """Lengths of whole tensors from those of this process's parts."""
-    alike: defaultdict[Shards, list[Key]] = defaultdict(list)
-    for p, over in shards.items():
+    alike: defaultdict[Shards, list[int]] = defaultdict(list)
+    for n, over in enumerate(shards):
         if over is not None:
-            alike[over].append(p)
+            alike[over].append(n)
     for over, members in alike.items():
-        squares = torch.stack([norms[p].double().square() for p in members])
+        squares = torch.stack([lengths[n].double().square() for n in members])
         add_up(squares, over)
-        norms.update(zip(members, squares.sqrt().unbind(), strict=True))
-    return norms
+        for n, length in zip(members, squares.sqrt().unbind(), strict=True):
+            lengths[n] = length
+    return lengths
 
 
-def _local_norms(grads: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+def _local_lengths(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Lengths, at least in float32: a norm in half precision overflows at 65504 and has three digits."""
-    norms: dict[Key, Tensor] = {}
-    for half in (False, True):
-        mine = [p for p, g in grads.items() if (g.dtype in (torch.float16, torch.bfloat16)) is half]
-        real = [torch.view_as_real(g) if g.is_complex() else g for g in (grads[p] for p in mine)]
-        if real:
-            norms.update(zip(mine, torch._foreach_norm(real, 2, torch.float32 if half else None), strict=True))
-    return {p: norms[p] for p in grads}
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    half = [t.dtype in (torch.float16, torch.bfloat16) for t in real]
+    lengths: list[Tensor] = list(real)
+    for is_half in set(half):
+        mine = [n for n, so in enumerate(half) if so is is_half]
+        found = torch._foreach_norm([real[n] for n in mine], 2, torch.float32 if is_half else None)
+        for n, length in zip(mine, found, strict=True):
+            lengths[n] = length
+    return lengths
 
 
 def _rounding(dtype: torch.dtype) -> float:

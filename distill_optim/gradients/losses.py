@@ -105,4 +105,6 @@ def values(losses: Sequence[Tensor], device: torch.device) -> Tensor:
     """Loss values as one float64 vector on a device, without waiting for it."""
     # A copy to the host is not safe to read until it has been waited for.
     wait = device.type == "cpu"
-    return torch.stack([v.detach().reshape(()).to(device, torch.float64, non_blocking=not wait) for v in losses])
+    scalars = [v if v.dim() == 0 else v.reshape(()) for v in losses]
+    there = [v if v.device == device else v.to(device, non_blocking=not wait) for v in scalars]
+    return torch.stack(there).detach().double()

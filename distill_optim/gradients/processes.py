@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -65,38 +65,40 @@ class Replicas:
 
     def average(
         self,
-        gradients: Mapping[Tensor, Tensor],
+        gradients: Sequence[Tensor | None],
         params: Sequence[Tensor],
         without: Collection[Tensor] = (),
-    ) -> Callable[[], dict[Tensor, Tensor]]:
+    ) -> Callable[[], list[Tensor | None]]:
         """Starts to average gradients; a parameter that no process has a gradient of stays without.
 
         Args:
-            gradients: this process's, by parameter; they are not written into, and may be written into afterwards.
-            params: all parameters, the same in every process.
-            without: parameters whose entry, although there, says nothing of a gradient.
+            gradients: this process's; they are not written into, and may be written into afterwards.
+            params: their parameters, the same in every process.
+            without: parameters whose gradient, although there, says nothing.
 
         Returns:
             A function that waits for the end and gives the averages, in memory of their own.
         """
-        reached = self.any([p in gradients and p not in without for p in params])
-        sent: list[tuple[Any, Tensor, list[Tensor]]] = []
-        for members in _buckets([p for p, any_has in zip(params, reached, strict=True) if any_has]):
-            dtype = _grad_dtype(members[0])
+        reached = self.any([g is not None and p not in without for p, g in zip(params, gradients, strict=True)])
+        sent: list[tuple[Any, Tensor, list[int]]] = []
+        for members in _buckets(params, [n for n, any_has in enumerate(reached) if any_has]):
+            dtype = _grad_dtype(params[members[0]])
             parts = [
-                _real(gradients[p].to(dtype) if p in gradients else torch.zeros_like(p, dtype=dtype)) for p in members
+                torch.zeros_like(p, dtype=dtype) if g is None else g.to(dtype)
+                for p, g in ((params[n], gradients[n]) for n in members)
             ]
-            flat = torch.cat([part.reshape(-1) for part in parts])
+            flat = torch.cat([_real(part).reshape(-1) for part in parts])
             # Before the sum, which in half precision may not have the range.
             work = distributed.all_reduce(flat.div_(self.size), group=self.group, async_op=True)
             sent.append((work, flat, members))
 
-        def finish() -> dict[Tensor, Tensor]:
-            averages: dict[Tensor, Tensor] = {}
+        def finish() -> list[Tensor | None]:
+            averages: list[Tensor | None] = [None] * len(params)
             for work, flat, members in sent:
                 work.wait()
-                pieces = flat.split([_real(p).numel() for p in members])
-                averages.update({p: _shaped(piece, p) for p, piece in zip(members, pieces, strict=True)})
+                pieces = flat.split([_real(params[n]).numel() for n in members])
+                for n, piece in zip(members, pieces, strict=True):
+                    averages[n] = _shaped(piece, params[n])
             return averages
 
         return finish
@@ -133,16 +135,16 @@ def _broadcast(tensors: Sequence[Tensor], groups: Sequence[Any]) -> list[Tensor]
     return [piece.view(tensor.shape).to(tensor.dtype) for tensor, piece in zip(tensors, pieces, strict=True)]
 
 
-def _buckets(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of one device and dtype of gradients, up to so many bytes."""
-    members: list[Tensor] = []
+def _buckets(params: Sequence[Tensor], positions: Sequence[int]) -> Iterator[list[int]]:
+    """Positions of parameters of one device and dtype of gradients, up to so many bytes."""
+    members: list[int] = []
     filled = 0
-    for p in sorted(params, key=_kind):
-        size = p.numel() * p.element_size()
-        if members and (_kind(p) != _kind(members[0]) or filled + size > _BUCKET):
+    for n in sorted(positions, key=lambda n: _kind(params[n])):
+        size = params[n].numel() * params[n].element_size()
+        if members and (_kind(params[n]) != _kind(params[members[0]]) or filled + size > _BUCKET):
             yield members
             members, filled = [], 0
-        members.append(p)
+        members.append(n)
         filled += size
     if members:
         yield members

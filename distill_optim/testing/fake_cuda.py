@@ -123,6 +123,8 @@ class _Python(TorchFunctionMode):
         if func is Tensor.__setitem__:
             x, index, value = args
             return _index(x, index).add_(value)  # any update in place: there are no values here
+        if func is Tensor.copy_:
+            return args[0].add_(args[1])  # as above
         if func in _READS or func is torch.nonzero:
             raise LeftDevice(f"a read: {func.__name__}")
         return func(*args, **(kwargs or {}))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import repeat
+from operator import is_not
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
@@ -66,29 +70,49 @@ def dot_sgd(
         maximize=maximize,
     ):  # fmt: skip
         return
-    reach = [sum(g is not None for g in column) for column in zip(*gradients, strict=True)]
-    decayed: set[int] = set()
-    for loss, (grads, bufs) in enumerate(zip(gradients, buffers, strict=True)):
-        calls: defaultdict[tuple[bool, bool, bool], list[int]] = defaultdict(list)
-        for p, grad in enumerate(grads):
-            if grad is not None:
-                # torch's fused path takes buffers either all new or all old.
-                calls[reach[p] > 1, p not in decayed, fused is True and bufs[p] is None].append(p)
-        for (shared, first, _), positions in calls.items():
-            call_buffers = [bufs[p] for p in positions]
-            sgd(
-                [params[p] for p in positions],
-                [g for g in (grads[p] for p in positions) if g is not None],
-                call_buffers,
+    # Parameters that the same losses reach go through the same calls. A fused call takes tensors of one device and
+    # dtype, and buffers either all new or all old.
+    kinds: list[Iterable[object]] = [map(is_not, column, repeat(None)) for column in gradients]
+    if fused:
+        kinds += [map(is_not, column, repeat(None)) for column in buffers]
+        kinds += [[p.device for p in params], [p.dtype for p in params]]
+    alike: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
+    for p, kind in enumerate(zip(*kinds, strict=True)):
+        alike[kind].append(p)
+    step = _fused_sgd if fused and not foreach else partial(sgd, foreach=foreach, fused=fused)
+    for kind, positions in alike.items():
+        batch = [params[p] for p in positions]
+        reaching = [loss for loss in range(len(gradients)) if kind[loss]]
+        shared = len(reaching) > 1
+        for loss in reaching:
+            own = [buffers[loss][p] for p in positions]
+            step(
+                batch,
+                [cast(Tensor, gradients[loss][p]) for p in positions],
+                own,
                 lr=cast(float, lr * gains[loss] if shared else lr),  # sgd() takes a tensor too, but does not say so
                 momentum=momenta[loss] if shared else momentum,
-                weight_decay=cast(float, weight_decay) if first else 0.0,
+                weight_decay=cast(float, weight_decay) if loss == reaching[0] else 0.0,
                 dampening=dampening,
                 nesterov=nesterov,
                 maximize=maximize,
-                foreach=foreach,
-                fused=fused,
             )
-            for p, buffer in zip(positions, call_buffers, strict=True):
-                bufs[p] = buffer
-            decayed.update(positions)
+            for p, buffer in zip(positions, own, strict=True):
+                buffers[loss][p] = buffer
+
+
+def _fused_sgd(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None], *, momentum: float, **options: Any
+) -> None:
+    """As torch's, which would sort the tensors by device and dtype in every call."""
+    first = momentum != 0 and buffers[0] is None
+    if first:
+        buffers[:] = map(torch.empty_like, grads)
+    torch._fused_sgd_(
+        params,
+        grads,
+        cast(list[Tensor], buffers) if momentum else [],
+        momentum=momentum,
+        is_first_step=first,
+        **options,
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import assume, example, given
@@ -175,30 +173,3 @@ def test_power_of_two_changes_not_a_bit(rows: Tensor, exponent: int) -> None:
     """2^±100 covers 1e±30. The example has zero gradients, whose projections once had weights with a unit."""
     gram = gram_of(rows)
     assert torch.equal(upgrad(gram * 4.0**exponent), upgrad(gram))
-
-
-@pytest.mark.parametrize("preferred", [True, False])
-@pytest.mark.parametrize("k", [1, 2, 3, 8, 9, 32])
-def test_dtypes_batches_and_what_is_not_finite(k: int, preferred: bool) -> None:
-    method, rows = partial(upgrad, preference=[2.0, *[0.5] * (k - 1)] if preferred else None), torch.randn(k, 5)
-    testing.assert_takes_any_dtype(method, rows)
-    testing.assert_batch_is_a_loop(method, rows)
-    testing.assert_not_finite_in_not_finite_out(method, rows)
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 8, 9, 32, 64])
-def test_equal_gradients_weigh_the_same(k: int) -> None:
-    weights = upgrad(gram_of(torch.tensor([0.3, -1.7, 2.9]).expand(k, 3)))
-    assert weights.tolist() == [1 / k] * k
-
-
-@pytest.mark.parametrize("batch", [(), (2,)])
-@pytest.mark.parametrize("k", [1, 2, 3, 8, 9, 32])
-def test_nothing_is_read_on_the_host(k: int, batch: tuple[int, ...]) -> None:
-    testing.assert_no_host_read("upgrad", k, batch)
-    testing.assert_no_host_read(partial(upgrad, preference=[1.0] * k), k, batch)
-
-
-def test_preference_of_another_number() -> None:
-    with pytest.raises(ValueError, match=r"^preference: expected one for each of 3 losses, got 2$"):
-        upgrad(torch.eye(3), preference=[1.0, 2.0])

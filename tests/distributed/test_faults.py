@@ -32,9 +32,10 @@ def test_the_others_get_an_error_and_not_a_deadlock(tmp_path: Path, when: str) -
         for process in processes:
             process.join(TIMEOUT)
         assert time.monotonic() - started < TIMEOUT / 2
-        assert processes[0].exitcode == 1
+        # Where the wrapper has a reduction under way gloo sometimes ends the process itself: the second when its
+        # connection breaks, the first in the interpreter's end, when it has told its error.
+        assert processes[0].exitcode in (1, -signal.SIGABRT)
         assert pipes[0][0].recv() == "ArithmeticError"
-        # Where the wrapper has a reduction under way gloo sometimes ends the process itself.
         assert processes[1].exitcode in (1, -signal.SIGABRT)
         if processes[1].exitcode == 1:
             assert pipes[1][0].recv() in ("RuntimeError", "DistBackendError")
