@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ import distill_optim
 
 # Scripts to run, not modules with examples; they need frameworks that the core tests do without.
 collect_ignore_glob = ["docs/integrations/*.py"]
+# The one module that imports Triton, which not every machine has.
+if find_spec("triton") is None:
+    collect_ignore_glob.append("distill_optim/update/kernels.py")
 
 pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["*.md"]).pytest()
 

@@ -30,7 +30,7 @@ from distill_optim.gradients import (
 )
 from distill_optim.multi_loss import MultiLossOptimizer, Present, Through, Walk, unwrap
 from distill_optim.stats import Stats
-from distill_optim.update import weighted_sum
+from distill_optim.update import has_kernels, weighted_adamw, weighted_sgd, weighted_sum
 
 
 class _MoKD(MultiLossOptimizer):
@@ -155,14 +155,23 @@ class _MoKD(MultiLossOptimizer):
                 weights = weights.index_put((_on(sharing, losses.device),), among.to(losses.device))
         self._stats = Stats(self._present_names(collected), losses, weights, gram)
 
-        # Where one loss alone reaches a parameter, its own.
-        gradients: Column = [
-            next((g for g in column if g is not None), None) for column in zip(*collected.gradients, strict=True)
-        ]
-        if shared:
-            for n, combined in zip(shared, weighted_sum(columns, weights), strict=True):
-                gradients[n] = combined
-        self._step_along(gradients)
+        stepped: set[int] = set()
+        for group, positions in self._grouped():
+            reached = [n for n in positions if reach[n]]
+            own = [params[n] for n in reached]
+            if group["fused"] and self._fused_step(group, own, collected.columns(reached, present), weights):
+                stepped.update(reached)
+        if len(stepped) < len(params):
+            # Where one loss alone reaches a parameter, its own gradient.
+            gradients: Column = [
+                next((g for g in own if g is not None), None) for own in zip(*collected.gradients, strict=True)
+            ]
+            combined = [n for n in shared if n not in stepped]
+            if combined:
+                sums = weighted_sum(collected.columns(combined, present), weights)
+                for n, summed in zip(combined, sums, strict=True):
+                    gradients[n] = summed
+            self._step_along([None if n in stepped else g for n, g in enumerate(gradients)])
         self._remember(memory)
 
         self._alone = {
@@ -170,6 +179,12 @@ class _MoKD(MultiLossOptimizer):
             for i in present
         }
         self._schedule(present, refreshed=True)
+
+    def _fused_step(
+        self, group: dict[str, Any], params: list[Tensor], gradients: Sequence[Column], weights: Tensor
+    ) -> bool:
+        """Combination and update in one kernel, which never writes the combined gradient; False where it cannot be."""
+        raise NotImplementedError  # not an ABC, for the reason beside MultiLossOptimizer._update
 
     def _step_along(self, gradients: Column) -> None:
         """The torch optimizer's step with these gradients in the place of ``.grad``."""
@@ -491,6 +506,21 @@ class MoKDSGD(_MoKD, SGD):
             fused=fused,
         )
 
+    def _fused_step(
+        self, group: dict[str, Any], params: list[Tensor], gradients: Sequence[Column], weights: Tensor
+    ) -> bool:
+        remembers = group["momentum"] != 0
+        buffers = [self.state.get(p, {}).get("momentum_buffer") if remembers else None for p in params]
+        options = {
+            name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        }
+        if not weighted_sgd(params, gradients, weights, buffers, **options):
+            return False
+        if remembers:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
+        return True
+
 
 class MoKDAdamW(_MoKD, AdamW):
     r"""AdamW on the combined gradient of several losses (MoKD).
@@ -560,3 +590,20 @@ class MoKDAdamW(_MoKD, AdamW):
             differentiable=differentiable,
             fused=fused,
         )
+
+    def _fused_step(
+        self, group: dict[str, Any], params: list[Tensor], gradients: Sequence[Column], weights: Tensor
+    ) -> bool:
+        stepping: list[Tensor] = []
+        lists: list[list[Tensor]] = [[] for _ in range(5)]
+        if not has_kernels(params):
+            return False
+        self._init_group(group, stepping, *lists)  # type: ignore[no-untyped-call]  # torch's
+        _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
+        beta1, beta2 = group["betas"]
+        options = {name: group[name] for name in ("lr", "eps", "weight_decay", "maximize")}
+        # torch finds those with a .grad, which others may have written since.
+        return len(stepping) == len(params) and weighted_adamw(
+            params, gradients, weights, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps,
+            beta1=beta1, beta2=beta2, **options,
+        )  # fmt: skip

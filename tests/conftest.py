@@ -8,6 +8,10 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU Triton's kernels are interpreted; it decides when it is imported, which torch does not do by itself.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Tensors of a few dozen numbers, and a worker per core: more threads would only wait for each other.
 torch.set_num_threads(1)
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from distill_optim.update import triton_dot_sgd
+
 
 def dot_sgd(
     params: Sequence[Tensor],
@@ -39,6 +41,9 @@ def dot_sgd(
     gradient. Weight decay enters with the first loss that reaches the parameter. (The authors' code forgets it
     in the first step of a parameter that only the distillation loss reaches; this does not.)
 
+    With ``fused`` on a GPU one kernel of our own takes all losses at once, where it can
+    (:func:`~distill_optim.update.multi_tensor.launches`).
+
     Args:
         params: P parameters, updated.
         gradients: K sequences of P gradients, None where loss i does not reach parameter p. Nesterov's foreach
@@ -50,6 +55,21 @@ def dot_sgd(
         gains: factor c of each loss's buffer where several losses reach the parameter, length K.
         dampening: τ. weight_decay, nesterov, maximize, foreach, fused: as in ``torch.optim.SGD``.
     """
+    # foreach and fused together are an error, which is torch's to raise.
+    if fused is True and not foreach and triton_dot_sgd.dot_sgd(
+        params,
+        gradients,
+        buffers,
+        lr=lr,
+        momentum=momentum,
+        momenta=momenta,
+        gains=gains,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+    ):  # fmt: skip
+        return
     # Parameters that the same losses reach go through the same calls. A fused call takes tensors of one device and
     # dtype, and buffers either all new or all old.
     kinds: list[Iterable[object]] = [map(is_not, column, repeat(None)) for column in gradients]
