@@ -341,3 +341,17 @@ def test_a_plain_differentiable_step_records_itself(make: tuple[Any, Any]) -> No
 
     ours, theirs = (sensitivity(construct) for construct in make)
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_a_parameter_that_joins_later_has_a_first_step_of_its_own(foreach: bool) -> None:
+    """A fused call takes buffers all new or all old; in float64, in which fused multiply-adds are next to nothing."""
+    models = [student(torch.float64) for _ in range(2)]
+    paths: list[dict[str, Any]] = [{"fused": True}, {"foreach": foreach}]
+    optimizers = [DOTSGD(m.parameters(), lr=0.1, dampening=0.5, **path) for m, path in zip(models, paths, strict=True)]
+    for n, x in enumerate(batches(6, torch.float64)):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model[0].requires_grad_(n >= 2)
+            optimizer.zero_grad()
+            optimizer.step(two_losses(model, x))
+    torch.testing.assert_close(*(flat(m.parameters()) for m in models), rtol=1e-12, atol=1e-14)

@@ -113,6 +113,15 @@ def test_a_checkpoint_goes_on_either_way() -> None:
     assert_same_bits(a.parameters(), b.parameters())
 
 
+def test_the_last_loss_frees_the_graph() -> None:
+    model = student()
+    optimizer = DOTSGD(model.parameters(), fold=True)
+    losses = two_losses(model, batches(1)[0])
+    optimizer.step(losses)
+    with pytest.raises(RuntimeError, match="second time"):
+        losses[0].backward()
+
+
 def test_stats_have_values_and_no_gram_matrix() -> None:
     model = student()
     optimizer = DOTSGD(model.parameters(), fold=True)
@@ -132,7 +141,7 @@ def test_other_leaves_get_the_gradient_of_the_sum() -> None:
     torch.testing.assert_close(outside.grad, total)
 
 
-def test_a_hook_that_replaces_the_gradient_is_heard() -> None:
+def test_a_hook_on_a_gradient_is_heard() -> None:
     a, folded, b, stored = both(student())
     for model in a, b:
         for p in model.parameters():

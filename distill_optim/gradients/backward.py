@@ -129,10 +129,7 @@ def backward_onto(
     try:
         _backward({i: losses[i]}, names, _seed(losses[i], None), retain_graph=i != next(reversed(losses)))
     finally:
-        for grad, target in zip(_taken(params), targets, strict=True):
-            # Autograd adds in place; what a hook puts there may be another tensor.
-            if grad is not None and target is not None and grad is not target:
-                target.copy_(grad)
+        _taken(params)
 
 
 def _backward_of_all(

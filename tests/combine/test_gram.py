@@ -111,6 +111,15 @@ def test_nearly_agreeing_gradients_keep_the_digits_of_their_difference() -> None
     assert min_norm(stacked @ stacked.mT)[0].item() != pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("sizes", [(1001,), (3, 13, 1), (263_001,)])
+@pytest.mark.parametrize("k", [2, 3, 8])
+def test_equal_gradients_have_equal_products(k: int, sizes: tuple[int, ...]) -> None:
+    """To the last bit, wherever their rows lie: the weights of a tie depend on it."""
+    own = [torch.randn(n) for n in sizes]
+    result = gram([own] * k)
+    assert torch.equal(result, result[0, 0].expand(k, k))
+
+
 def test_complex_inner_product_is_the_real_part() -> None:
     g1, g2 = torch.tensor([1 + 2j]), torch.tensor([3 - 1j])
     assert gram([[g1], [g2]]).tolist() == [[5, 1], [1, 10]]
