@@ -848,3 +848,18 @@ def test_mokd_combines_and_updates_in_one_kernel(cls: Any, flags: Any, monkeypat
     states = [o.state_dict()["state"] for o in optimizers]
     assert states[0].keys() == states[1].keys()
     assert all(states[0][n].keys() == states[1][n].keys() for n in states[0])
+
+
+@pytest.mark.parametrize("cls", [MoKDSGD, MoKDAdamW])
+def test_a_grad_that_somebody_put_where_no_loss_reaches_is_left_out_of_a_kernel_too(cls: Any) -> None:
+    results = []
+    for path in {"foreach": False}, {"fused": True}:
+        model = Heads().to(DEVICE)
+        optimizer = cls(model.parameters(), lr=0.05, **path)
+        for x in batches(3):
+            optimizer.zero_grad()
+            optimizer.backward(model(x.to(DEVICE)))
+            model.idle.weight.grad = torch.ones_like(model.idle.weight)
+            optimizer.step()
+        results.append(flat(model.parameters()))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
