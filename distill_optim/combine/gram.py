@@ -15,7 +15,7 @@ from distill_optim.sharding import Shards, add_up, local
 # Numbers held in float64 at a time, of all gradients together: on a CPU few enough to stay in the cache between
 # the cast and the products, on an accelerator enough that the number of launches stays small.
 _BUCKET = {"cpu": 1 << 20}
-_BUCKET_ACCELERATOR = 1 << 24
+_BUCKET_ACCELERATOR = 1 << 23
 
 
 def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
