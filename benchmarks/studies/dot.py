@@ -68,14 +68,15 @@ def adamw_rows(rates: Rates) -> dict[str, Row]:
 
 
 def study(*, quick: bool = False) -> Study:
-    sgd_rates, adamw_rates = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), (0.003, 0.01, 0.03, 0.1)
+    sgd_rates: Rates = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
     text_rates: Rates = (0.03, 0.1, 0.3, 1.0)
+    adamw_rates: Rates = (0.003, 0.01, 0.03, 0.1)
     seeds, tuning_seeds, steps, teacher_steps = 10, 3, 300, 400
-    teacher = [64, 2, 1500]
+    teacher, pieces = [64, 2, 1500], 3000
     if quick:
-        sgd_rates, adamw_rates, text_rates = (0.02, 0.1), (0.01, 0.03), (0.1, 0.3)
+        sgd_rates, text_rates, adamw_rates = (0.02, 0.1), (0.1, 0.3), (0.01, 0.03)
         seeds, tuning_seeds, steps, teacher_steps = 2, 1, 5, 20
-        teacher = [8, 1, 5]
+        teacher, pieces = [8, 1, 5], 32
     losses = [Column("task", "task loss", spec=".3f"), Column("logits", "distillation loss", spec=".3f")]
 
     def on_digits(title: str, **problem: Any) -> Experiment:
@@ -95,7 +96,7 @@ def study(*, quick: bool = False) -> Study:
     def on_text(title: str, rows: dict[str, Row], baselines: list[str]) -> Experiment:
         return Experiment(
             title,
-            {"width": 32, "steps": steps, "teacher": teacher},
+            {"width": 32, "steps": steps, "teacher": teacher, "pieces": pieces},
             language.prepare,
             language.train,
             rows,
