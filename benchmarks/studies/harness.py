@@ -340,10 +340,8 @@ def table(experiment: Experiment, found: Results) -> str:
     first = found["rows"][experiment.baselines[0]]
     lines = [["", *(column.header for column in experiment.columns), "chosen", "time"]]
     for row in found["rows"].values():
-        chosen = ", ".join(
-            f"{name} {shown(value)}" + "*" * (name == "lr" and row["at_border"])
-            for name, value in row["chosen"].items()
-        )
+        star = "*" * row["at_border"]
+        chosen = ", ".join(f"{name} {shown(value)}{star * (name == 'lr')}" for name, value in row["chosen"].items())
         time = row["seconds"] / first["seconds"]
         cells = [cell(row["mean"].get(column.measure), column) for column in experiment.columns]
         lines.append([row["label"], *cells, chosen, f"{time:.2f}×"])

@@ -22,9 +22,9 @@ BATCH = 16
 TEMPERATURE = 2.0
 # Modules that every Python has, and that share no text. The teacher's are the student's and more.
 STUDENT = ("argparse", "ast")
-TEACHER = (*STUDENT, "difflib", "inspect", "locale", "mimetypes", "optparse", "tarfile")
+TEACHER = (*STUDENT, "difflib", "inspect", "locale", "mimetypes", "optparse", "typing")
 VALIDATION = ("configparser", "csv")
-TEST = ("gettext", "shutil", "textwrap")
+TEST = ("gettext", "shutil", "tarfile", "textwrap")
 
 
 @functools.cache
@@ -85,8 +85,8 @@ class Problem(NamedTuple):
 
 @functools.cache
 def taught(count: int, width: int, layers: int, steps: int) -> Tensor:
-    """The logits, for the student's pieces, of a teacher that was trained on six times as many, those among them."""
-    pieces = pieces_of(TEACHER, 6 * count)
+    """The logits, for the student's pieces, of a teacher that was trained on five times as many, those among them."""
+    pieces = pieces_of(TEACHER, 5 * count)
     teacher = Transformer(width, layers, seed=0)
 
     def forward(batch: Tensor) -> Forward:
@@ -110,10 +110,8 @@ def prepare(options: Options, seed: int) -> Problem:
         seed: of nothing here; of the student's initial weights and batches later.
     """
     count = options["pieces"]
-    logits = taught(count, *options["teacher"])
-    return Problem(
-        pieces_of(STUDENT, count), logits, pieces_of(VALIDATION, count // 2), pieces_of(TEST, count), options
-    )
+    validation, test = pieces_of(VALIDATION, count // 2), pieces_of(TEST, count)
+    return Problem(pieces_of(STUDENT, count), taught(count, *options["teacher"]), validation, test, options)
 
 
 def train(problem: Problem, options: Options, seed: int, final: bool) -> Measures:

@@ -42,7 +42,7 @@ def conflict(results: Results) -> Figure:
     """Conflict, dominance and weights over training; what wrong labels and the ablation come to."""
     found = results["experiments"]
     figure = Figure(figsize=(13, 9), layout="constrained")
-    upper, lower = figure.subfigures(2, 1)
+    upper, lower = figure.subfigures(2, 1).ravel()
 
     noisy = found["noise30"]
     rows = [noisy["rows"][key] for key in ("sum", "mokd", "norm", "none")]
@@ -88,9 +88,8 @@ def dots(panels: Sequence[Axes], experiments: Sequence[Results]) -> None:
     for axes, experiment in zip(panels, experiments, strict=True):
         rows = list(experiment["rows"].values())
         means, errors = zip(*(row["mean"]["test"] for row in rows), strict=True)
-        axes.errorbar(
-            [100 * mean for mean in means], range(len(rows)), xerr=[100 * error for error in errors], fmt="ko"
-        )
+        percents, bars = ([100 * value for value in values] for values in (means, errors))
+        axes.errorbar(percents, range(len(rows)), xerr=bars, fmt="ko")
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows] if axes is panels[0] else [""] * len(rows))
         axes.invert_yaxis()
         plain(axes, experiment["title"], "test accuracy %", "")
