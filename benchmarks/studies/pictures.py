@@ -42,7 +42,8 @@ def conflict(results: Results) -> Figure:
     """Conflict, dominance and weights over training; what wrong labels and the ablation come to."""
     found = results["experiments"]
     figure = Figure(figsize=(13, 9), layout="constrained")
-    upper, lower = figure.subfigures(2, 1).ravel()
+    halves = figure.add_gridspec(2)
+    upper, lower = (figure.add_subfigure(halves[n]) for n in range(2))
 
     noisy = found["noise30"]
     rows = [noisy["rows"][key] for key in ("sum", "mokd", "norm", "none")]
