@@ -23,7 +23,7 @@ from benchmarks.studies.training import Forward, fit, shuffled
 from distill_optim import DOTSGD
 from distill_optim.distill import SubspaceProjector
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "studies" / "results"
 
 # ---------------------------------------------------------------- the harness, on a training that is a formula
@@ -312,3 +312,19 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     small = replace(study, experiments={key: replace(made, rows=rows)})
     one, two = (harness.carry_out(small, Log(tmp_path / f"{n}.jsonl"), workers=n) for n in (1, 2))
     assert without_seconds(one) == without_seconds(two)
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_the_page_has_the_tables_of_the_files(name: str) -> None:
+    """Every experiment's, and no table of differences that no file has."""
+    page = (REPOSITORY / "docs" / "results.md").read_text("utf-8")
+    study = studies.load(name)
+    results = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+    assert results["experiments"].keys() == study.experiments.keys()
+    for key, experiment in study.experiments.items():
+        found = results["experiments"][key]
+        assert found["seeds"] == experiment.seeds
+        assert {row: kept["options"] for row, kept in found["rows"].items()} == {
+            row: made.options for row, made in experiment.rows.items()
+        }
+        assert harness.table(experiment, found) in page
