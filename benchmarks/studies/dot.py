@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.studies import digits, language
-from benchmarks.studies.harness import Column, Experiment, Results, Row, Study, markdown
+from benchmarks.studies.harness import Column, Experiment, Options, Results, Row, Study, markdown
 from benchmarks.studies.pictures import trade_off
 
 MOMENTUM, DELTA = 0.9, 0.075
@@ -96,7 +96,7 @@ def study(*, quick: bool = False) -> Study:
     text_rates: Rates = (0.03, 0.1, 0.3, 1.0)
     adamw_rates: Rates = (0.003, 0.01, 0.03, 0.1)
     seeds, tuning_seeds, steps, teacher_steps = 10, 3, 300, 400
-    text = {"width": 32, "steps": 200, "teacher": [64, 2, 1000], "pieces": 1500}
+    text: Options = {"width": 32, "steps": 200, "teacher": [64, 2, 1000], "pieces": 1500}
     if quick:
         sgd_rates, text_rates, adamw_rates = (0.02, 0.1), (0.1, 0.3), (0.01, 0.03)
         seeds, tuning_seeds, steps, teacher_steps = 2, 1, 5, 20
@@ -137,10 +137,8 @@ def study(*, quick: bool = False) -> Study:
             "clean": on_digits("Digits, 400 images, all labels right", images=400, noise=0.0),
             "few": on_digits("Digits, 60 images, all labels right", images=60, noise=0.0),
             "noisy": on_digits("Digits, 400 images, 30 % of the labels wrong", images=400, noise=0.3),
-            "text_sgd": on_text(
-                "Characters of source text, SGD", sgd_rows(text_rates, FEWER), ["sum", "gains", "fixed"]
-            ),
-            "text_adamw": on_text("Characters of source text, AdamW", adamw_rows(adamw_rates), ["sum", "fixed"]),
+            "text_sgd": on_text("SGD", sgd_rows(text_rates, FEWER), "sum", "gains", "fixed"),
+            "text_adamw": on_text("AdamW", adamw_rows(adamw_rates), "sum", "fixed"),
         },
         trade_off,
         rate_by_rate,
