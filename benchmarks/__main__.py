@@ -2,6 +2,7 @@
 
     python -m benchmarks step --sets resnet18 330 --losses 2 4
     python -m benchmarks train --losses 2 4 8 --json train.json --plot train.png
+    python -m benchmarks studies dot --workers 2
     python -m benchmarks COMMAND --help
 
 No time of these is a test: a number means something beside another one of the same run.
@@ -25,6 +26,7 @@ COMMANDS = {
     "goals": "what the project set out to reach, one line each",
     "combine": "every combination method: time, host reads, distance from the exact direction",
     "min_norm": "how near min-norm solvers come to the optimum",
+    "studies": "whole trainings, every method tuned alike: what the papers claim, tried out",
     "gallery": "pictures of what every method makes of a few gradients",
 }
 
