@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for key, experiment in study.experiments.items():
         found = results["experiments"][key]
         print("", experiment.title, harness.table(experiment, found), sep="\n\n")
-        print("", harness.difference_table(experiment, found), sep="\n")
+        for base in experiment.baselines:
+            print("", harness.difference_table(experiment, found, base), sep="\n")
     (options.out / f"{study.name}.json").write_text(json.dumps(results, ensure_ascii=False) + "\n", "utf-8")
     study.draw(results).savefig(options.out / f"{study.name}.png", dpi=150)

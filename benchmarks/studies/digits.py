@@ -79,11 +79,15 @@ def prepare(options: Options, seed: int) -> Problem:
     return Problem(own.inputs, labels, features, logits, validation, test, options)
 
 
-class Regressor(nn.Linear):
+class Regressor(nn.Module):
     """The projector's loss with a free linear map in the place of an orthonormal one."""
 
+    def __init__(self, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(student_width, teacher_width, bias=False)
+
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return F.smooth_l1_loss(super().forward(student), F.layer_norm(teacher, teacher.shape[-1:]))
+        return F.smooth_l1_loss(self.map(student), F.layer_norm(teacher, teacher.shape[-1:]))
 
 
 MAPS = {"projector": SubspaceProjector, "regressor": Regressor}
@@ -136,7 +140,7 @@ def train(problem: Problem, options: Options, seed: int, final: bool) -> Measure
         if final and problem.options.get("watch"):
             for name, value in gradients(forward(looks[step]).losses, list(student.parameters())).items():
                 curves[name].append(value)
-            if isinstance(optimizer, MoKDSGD):
+            if isinstance(optimizer, MoKDSGD) and optimizer.stats:
                 curves["weight"].append(float(optimizer.stats.weights[1]))
     if kept:
         student.load_state_dict(kept)

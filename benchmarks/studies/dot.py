@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.studies import digits
+from benchmarks.studies import digits, language
 from benchmarks.studies.harness import Column, Experiment, Row, Study
 from benchmarks.studies.pictures import trade_off
 
 MOMENTUM, DELTA = 0.9, 0.075
-# The long-run gain 1/(1-mu) of either buffer over that of the one buffer of SGD: 0.571 and 4, or 1 : 7.
+# The long-run gain 1/(1 - mu) of either buffer over that of SGD's one: 0.571 and 4, or 1 : 7.
 GAINS = [(1 - MOMENTUM) / (1 - MOMENTUM + DELTA), (1 - MOMENTUM) / (1 - MOMENTUM - DELTA)]
 FIXED = [[1.75, 0.25], [1.5, 0.5], [1.0, 1.0], [0.5, 1.5], [0.25, 1.75]]
 
-
-def sgd(label: str, rates: Sequence[float], momentum: float = MOMENTUM, **options: Any) -> Row:
-    how = {"optimizer": "SGD", "arguments": {"momentum": momentum}, "distill": ["logits"], **options}
-    return Row(label, how, {"lr": rates})
+Rates = tuple[float, ...]
 
 
-def dot(label: str, rates: Sequence[float], momentum: float = MOMENTUM, **arguments: Any) -> Row:
-    arguments = {"momentum": momentum, "delta": DELTA, **arguments}
-    return Row(label, {"optimizer": "DOTSGD", "arguments": arguments, "distill": ["logits"]}, {"lr": rates})
+def row(label: str, optimizer: str, rates: Rates, arguments: dict[str, Any], **options: Any) -> Row:
+    return Row(label, {"optimizer": optimizer, "arguments": arguments, "distill": ["logits"], **options}, {"lr": rates})
 
 
-def sgd_rows(rates: Sequence[float]) -> dict[str, Row]:
-    fixed = sgd("SGD, best fixed weights", rates)
+def fixed(chosen: Row) -> Row:
+    """The same with weights that the validation split chooses, together with the learning rate."""
+    return Row(f"{chosen.label}, best fixed weights", chosen.options, {**chosen.grid, "weights": FIXED})
+
+
+def sgd(label: str, rates: Rates, momentum: float = MOMENTUM, **options: Any) -> Row:
+    return row(label, "SGD", rates, {"momentum": momentum}, **options)
+
+
+def dot(label: str, rates: Rates, momentum: float = MOMENTUM, **arguments: Any) -> Row:
+    return row(label, "DOTSGD", rates, {"momentum": momentum, "delta": DELTA, **arguments})
+
+
+def sgd_rows(rates: Rates) -> dict[str, Row]:
     return {
         "task": sgd("SGD, task alone", rates, weights=[1, 0]),
         "sum": sgd("SGD on the sum", rates),
         "gains": sgd("SGD, DOT's long-run weights", rates, weights=GAINS),
-        "fixed": Row(fixed.label, fixed.options, {**fixed.grid, "weights": FIXED}),
+        "fixed": fixed(sgd("SGD", rates)),
         "dot": dot("DOTSGD", rates),
         "matched": dot("DOTSGD, matched gain", rates, gain="matched"),
     }
 
 
-def sweeps(rates: Sequence[float]) -> dict[str, Row]:
+def sweeps(rates: Rates) -> dict[str, Row]:
     return {
         "delta-0.075": dot("DOTSGD, Δ = −0.075", rates, delta=-DELTA),
         "delta0.025": dot("DOTSGD, Δ = 0.025", rates, delta=0.025),
@@ -49,26 +56,53 @@ def sweeps(rates: Sequence[float]) -> dict[str, Row]:
     }
 
 
+def adamw_rows(rates: Rates) -> dict[str, Row]:
+    """Adam's first moments are means, so that Δ changes no weights and there is no gain to match."""
+    return {
+        "task": row("AdamW, task alone", "AdamW", rates, {}, weights=[1, 0]),
+        "sum": row("AdamW on the sum", "AdamW", rates, {}),
+        "fixed": fixed(row("AdamW", "AdamW", rates, {})),
+        "dot": row("DOTAdamW", "DOTAdamW", rates, {"delta": DELTA}),
+        "delta-0.075": row("DOTAdamW, Δ = −0.075", "DOTAdamW", rates, {"delta": -DELTA}),
+    }
+
+
 def study(*, quick: bool = False) -> Study:
-    rates = (0.01, 0.05) if quick else (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-    steps = {"steps": 20, "teacher_steps": 20} if quick else {"steps": 300, "teacher_steps": 400}
-    seeds, tuning_seeds = (2, 1) if quick else (10, 3)
+    sgd_rates, adamw_rates = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), (0.003, 0.01, 0.03, 0.1)
+    text_rates: Rates = (0.03, 0.1, 0.3, 1.0)
+    seeds, tuning_seeds, steps, teacher_steps = 10, 3, 300, 400
+    teacher = [64, 2, 1500]
+    if quick:
+        sgd_rates, adamw_rates, text_rates = (0.02, 0.1), (0.01, 0.03), (0.1, 0.3)
+        seeds, tuning_seeds, steps, teacher_steps = 2, 1, 5, 20
+        teacher = [8, 1, 5]
+    losses = [Column("task", "task loss", spec=".3f"), Column("logits", "distillation loss", spec=".3f")]
 
     def on_digits(title: str, **problem: Any) -> Experiment:
         return Experiment(
             title,
-            {"width": 16, **steps, **problem},
+            {"width": 16, "steps": steps, "teacher_steps": teacher_steps, **problem},
             digits.prepare,
             digits.train,
-            {**sgd_rows(rates), **sweeps(rates)},
-            [
-                Column("task", "task loss", spec=".3f"),
-                Column("logits", "distillation loss", spec=".3f"),
-                Column("test", "test accuracy %", 100, ".1f"),
-            ],
-            ["sum", "gains"],
+            {**sgd_rows(sgd_rates), **sweeps(sgd_rates)},
+            [*losses, Column("test", "test accuracy %", 100, ".1f")],
+            ["sum", "gains", "fixed"],
             seeds,
             tuning_seeds,
+            compared=3,
+        )
+
+    def on_text(title: str, rows: dict[str, Row], baselines: list[str]) -> Experiment:
+        return Experiment(
+            title,
+            {"width": 32, "steps": steps, "teacher": teacher},
+            language.prepare,
+            language.train,
+            rows,
+            [*losses, Column("test", "test bits per character", spec=".3f")],
+            baselines,
+            seeds,
+            min(tuning_seeds, 2),
             compared=3,
         )
 
@@ -78,6 +112,8 @@ def study(*, quick: bool = False) -> Study:
             "clean": on_digits("Digits, 400 images, all labels right", images=400, noise=0.0),
             "few": on_digits("Digits, 60 images, all labels right", images=60, noise=0.0),
             "noisy": on_digits("Digits, 400 images, 30 % of the labels wrong", images=400, noise=0.3),
+            "text_sgd": on_text("Characters of source text, SGD", sgd_rows(text_rates), ["sum", "gains", "fixed"]),
+            "text_adamw": on_text("Characters of source text, AdamW", adamw_rows(adamw_rates), ["sum", "fixed"]),
         },
         trade_off,
     )

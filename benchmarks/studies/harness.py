@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -293,18 +293,20 @@ def summary(experiment: Experiment, log: Log) -> Results:
     rows = {}
     for key, row in experiment.rows.items():
         first = runs[key][0]
-        numbers = [name for name, value in first.items() if not isinstance(value, list)]
+        numbers = [name for name, value in first.items() if not isinstance(value, list) and name != "seconds"]
         curves = {name: len(value) for name, value in first.items() if isinstance(value, list)}
         tuned = tuning_runs(experiment, row, log)
-        scores = [name for name, value in tuned[0][1][0].items() if not isinstance(value, list) and name != "seconds"]
+        scores = [name for name in numbers if name in tuned[0][1][0]]
         rows[key] = {
             "label": row.label,
             "options": row.options,
             "chosen": chosen[key],
             "at_border": at_border(row, chosen[key]),
             "grid": [{**point, **{name: fmean(values(at, name)) for name in scores}} for point, at in tuned],
+            # Of the runs that choose: they look at nothing on the way, and there are more of them.
+            "seconds": median(run["seconds"] for _, at in tuned for run in at),
             "mean": {name: mean_and_error(values(runs[key], name)) for name in numbers},
-            "per_seed": {name: values(runs[key], name) for name in numbers if name != "seconds"},
+            "per_seed": {name: values(runs[key], name) for name in numbers},
             "difference": {
                 base: {name: paired(runs[key], runs[base], name) for name in numbers}
                 for base in experiment.baselines
@@ -315,7 +317,7 @@ def summary(experiment: Experiment, log: Log) -> Results:
                 for name, length in curves.items()
             },
         }
-    return rounded(
+    found: Results = rounded(
         {
             "title": experiment.title,
             "problem": experiment.problem,
@@ -324,6 +326,7 @@ def summary(experiment: Experiment, log: Log) -> Results:
             "rows": rows,
         }
     )
+    return found
 
 
 def at_border(row: Row, chosen: Options) -> bool:
@@ -338,20 +341,20 @@ def table(experiment: Experiment, found: Results) -> str:
     lines = [["", *(column.header for column in experiment.columns), "chosen", "time"]]
     for row in found["rows"].values():
         chosen = ", ".join(f"{name} {shown(value)}" for name, value in row["chosen"].items())
-        time = row["mean"]["seconds"][0] / first["mean"]["seconds"][0]
+        time = row["seconds"] / first["seconds"]
         cells = [cell(row["mean"].get(column.measure), column) for column in experiment.columns]
         lines.append([row["label"], *cells, chosen + "*" * row["at_border"], f"{time:.2f}×"])
     return markdown(lines)
 
 
-def difference_table(experiment: Experiment, found: Results) -> str:
-    """Differences to the baselines in Markdown, paired by seed: mean ± standard error."""
+def difference_table(experiment: Experiment, found: Results, base: str) -> str:
+    """Differences to a baseline in Markdown, paired by seed: mean ± standard error."""
     compared = experiment.columns[: experiment.compared]
-    labels = [experiment.rows[base].label for base in experiment.baselines]
-    lines = [["", *(f"{column.header}, against {label}" for label in labels for column in compared)]]
-    for row in found["rows"].values():
-        others = [row["difference"].get(base, {}) for base in experiment.baselines]
-        lines.append([row["label"], *(cell(other.get(c.measure), c, sign="+") for other in others for c in compared)])
+    lines = [[f"against {experiment.rows[base].label}", *(column.header for column in compared)]]
+    for key, row in found["rows"].items():
+        if key != base:
+            pairs = (row["difference"][base].get(column.measure) for column in compared)
+            lines.append([row["label"], *map(functools.partial(cell, sign="+"), pairs, compared)])
     return markdown(lines)
 
 

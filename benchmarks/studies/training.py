@@ -40,8 +40,8 @@ def fit(
         batches: indices of the examples of every step.
         forward: from such indices to losses.
         options: ``optimizer``, by its name; ``lr``; ``arguments`` for it; ``weights``, factors of the losses, where 0
-            leaves one out; ``through``, whether the tensor that all losses pass is handed over; ``observe``, whether the
-            optimizer is shown every batch again after its step.
+            leaves one out; ``through``, whether the tensor that all losses pass is handed over; ``observe``, whether
+            the optimizer is shown every batch again after its step.
 
     Yields:
         The optimizer, after every step.
