@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from benchmarks.studies import composites
-from benchmarks.studies.composites import DENSE, HEIGHT, TASKS, Composites
+from benchmarks.studies.composites import DENSE, DIGITS, HEIGHT, TASKS, Composites
 from benchmarks.studies.composites import WIDTH as BREADTH
 from benchmarks.studies.harness import Column, Experiment, Measures, Options, Results, Row, Study
 from benchmarks.studies.pictures import COLOURS
@@ -249,34 +249,37 @@ def evaluate(net: Net, split: Composites) -> dict[str, float]:
 # ---------------------------------------------------------------- the study
 
 
-def row(label: str, rates: Sequence[float], combine: Any = "sum", dominance: str = "none", **options: Any) -> Row:
-    """A method; what it is to choose from goes beside the learning rates."""
-    weights = options.pop("weights", None)
-    losses = len(TASKS) * (2 if options.get("teach") == "features" else 1)
+def row(
+    label: str,
+    grid: Mapping[str, Sequence[Any]],
+    combine: str = "sum",
+    dominance: str = "none",
+    teach: str = "labels",
+    **features: Any,
+) -> Row:
+    """A method. A constant sum is one backward pass and Adam."""
+    losses = len(TASKS) * (2 if teach == "features" else 1)
     arguments = {"losses": losses, "combine": combine, "dominance": dominance, "weight_decay": 0}
-    how = {"optimizer": "MoKDAdamW", "arguments": arguments, "teach": "labels", **options}
-    return Row(label, how, {"lr": rates, **({"weights": weights} if weights else {})})
+    return Row(label, {"optimizer": "MoKDAdamW", "arguments": arguments, "teach": teach, **features}, grid)
 
 
 def study(*, quick: bool = False) -> Study:
-    rates = (0.003, 0.01) if quick else (0.003, 0.01, 0.03)
-    factors = (0.3, 1.0) if quick else (0.3, 1.0, 3.0)
+    rates = {"lr": (0.003, 0.01) if quick else (0.003, 0.01, 0.03)}
+    # Of the dense tasks, and of the distances: three numbers to choose from for either.
+    dense = [[1.0, 1.0, w, w] for w in (3.0, 10.0, 30.0)]
+    scales = [[1.0] * len(TASKS) + [w] * len(TASKS) for w in (0.3, 1.0, 3.0)]
     problem = {
-        "sizes": {"train": 200, "validation": 100, "test": 100}
-        if quick
-        else {"train": 2000, "validation": 1000, "test": 1000},
+        "sizes": dict(zip(DIGITS, (200, 100, 100) if quick else (2000, 1000, 1000), strict=True)),
         "steps": 8 if quick else 200,
     }
     seeds, tuning_seeds = (2, 1) if quick else (10, 2)
-    n = len(TASKS)
 
     def distilled(label: str, layers: Sequence[str] = LAYERS, adaptor: str = "linear") -> Row:
-        scales = [[1.0] * n + [factor] * n for factor in factors]
-        return row(label, rates, teach="features", layers=list(layers), adaptor=adaptor, weights=scales)
+        return row(label, {**rates, "weights": scales}, teach="features", layers=list(layers), adaptor=adaptor)
 
     rows = {
         "uniform": row("uniform", rates),
-        "fixed": row("best fixed weights", rates, weights=[[1.0, 1.0, w, w] for w in (3.0, 10.0, 30.0)]),
+        "fixed": row("best fixed weights", {**rates, "weights": dense}),
         "uncertainty": row("Uncert", rates, "uncertainty"),
         "dwa": row("DWA", rates, "dwa"),
         "gradnorm": row("GradNorm", rates, "gradnorm"),
@@ -290,7 +293,7 @@ def study(*, quick: bool = False) -> Study:
         "one": distilled("KD4MTL, last layer", LAYERS[2:]),
         "nonlinear": distilled("KD4MTL, non-linear adaptors", adaptor="two layers"),
         "kd4mtl-mokd": row(
-            "KD4MTL with MoKD", rates, "min_norm", "log", teach="features", layers=list(LAYERS), adaptor="linear"
+            "KD4MTL with MoKD", rates, "min_norm", "log", "features", layers=list(LAYERS), adaptor="linear"
         ),
     }
     return Study(
@@ -301,11 +304,12 @@ def study(*, quick: bool = False) -> Study:
                 {**problem, "teachers": {}},
                 prepare,
                 train_single,
-                {task: Row(task, {"task": task}, {"lr": rates}) for task in TASKS},
+                {task: Row(task, {"task": task}, rates) for task in TASKS},
                 [Column("test", "metric", spec=".3f")],
                 ["left"],
                 seeds,
                 tuning_seeds,
+                compared=0,
             ),
             "students": Experiment(
                 "One network of four tasks",
