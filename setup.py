@@ -15,8 +15,12 @@ demo = [
     "matplotlib>=3.8",  # the picture
     "rich>=13",  # progress bar and table
 ]
+studies = [
+    *demo,  # their data, tables and pictures
+    "tqdm>=4.66",  # a progress bar that survives being piped into a file
+]
 test = [
-    *demo,
+    *studies,
     "pytest>=8",
     "pytest-xdist>=3",  # the suite on all cores
     "hypothesis>=6.100",  # the theorems
@@ -36,7 +40,7 @@ docs = [
     "furo",  # theme that reads well on a phone
     "myst-parser",  # pages in Markdown
 ]
-bench = ["matplotlib>=3.8", "scipy>=1.11", "torchjd[full]", "pytorch-optimizer"]  # the peers
+bench = [*studies, "scipy>=1.11", "torchjd[full]", "pytorch-optimizer"]  # the peers
 
 setup(
     name="distill_optim",
@@ -52,6 +56,7 @@ setup(
     install_requires=["torch>=2.9", "numpy"],
     extras_require={
         "demo": demo,
+        "studies": studies,
         "test": test,
         "integrations": integrations,
         "docs": docs,

@@ -50,10 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     log = harness.Log(options.out / f"{study.name}.runs.jsonl")
     results = harness.carry_out(study, log, options.workers)
-    for key, experiment in study.experiments.items():
-        found = results["experiments"][key]
-        print("", experiment.title, harness.table(experiment, found), sep="\n\n")
-        for base in experiment.baselines:
-            print("", harness.difference_table(experiment, found, base), sep="\n")
     (options.out / f"{study.name}.json").write_text(json.dumps(results, ensure_ascii=False) + "\n", "utf-8")
     study.draw(results).savefig(options.out / f"{study.name}.png", dpi=150)
+    for key, experiment in study.experiments.items():
+        print("", experiment.title, *harness.tables(study, key, results["experiments"][key]), sep="\n\n")

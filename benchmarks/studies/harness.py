@@ -95,11 +95,12 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Study:
-    """Experiments by key, and how their results are drawn."""
+    """Experiments by key, how their results are drawn, and what else there is to say of one, in Markdown."""
 
     name: str
     experiments: Mapping[str, Experiment]
     draw: Callable[[Results], Figure]
+    remark: Callable[[Results], str] | None = None
 
 
 # ---------------------------------------------------------------- one run
@@ -340,10 +341,11 @@ def table(experiment: Experiment, found: Results) -> str:
     first = found["rows"][experiment.baselines[0]]
     lines = [["", *(column.header for column in experiment.columns), "chosen", "time"]]
     for row in found["rows"].values():
-        chosen = ", ".join(f"{name} {shown(value)}" for name, value in row["chosen"].items())
+        star = "*" * row["at_border"]
+        chosen = ", ".join(f"{name} {shown(value)}{star * (name == 'lr')}" for name, value in row["chosen"].items())
         time = row["seconds"] / first["seconds"]
         cells = [cell(row["mean"].get(column.measure), column) for column in experiment.columns]
-        lines.append([row["label"], *cells, chosen + "*" * row["at_border"], f"{time:.2f}×"])
+        lines.append([row["label"], *cells, chosen, f"{time:.2f}×"])
     return markdown(lines)
 
 
@@ -356,6 +358,13 @@ def difference_table(experiment: Experiment, found: Results, base: str) -> str:
             pairs = (row["difference"][base].get(column.measure) for column in compared)
             lines.append([row["label"], *map(functools.partial(cell, sign="+"), pairs, compared)])
     return markdown(lines)
+
+
+def tables(study: Study, key: str, found: Results) -> list[str]:
+    """All that is printed of an experiment."""
+    experiment = study.experiments[key]
+    made = [table(experiment, found), *(difference_table(experiment, found, base) for base in experiment.baselines)]
+    return [*made, study.remark(found)] if study.remark else made
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

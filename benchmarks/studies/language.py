@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,21 +21,24 @@ CONTEXT = 32
 BATCH = 16
 TEMPERATURE = 2.0
 # Modules that every Python has, and that share no text. The teacher's are the student's and more.
-STUDENT = ["argparse"]
-TEACHER = [*STUDENT, "ast", "difflib", "inspect", "locale", "mimetypes", "optparse", "tarfile"]
-VALIDATION = ["configparser"]
-TEST = ["gettext", "shutil", "zipfile"]
+STUDENT = ("argparse", "ast")
+TEACHER = (*STUDENT, "difflib", "inspect", "locale", "mimetypes", "optparse", "typing")
+VALIDATION = ("configparser", "csv")
+TEST = ("gettext", "shutil", "tarfile", "textwrap")
 
 
-def windows(modules: Sequence[str]) -> Tensor:
-    """The source of modules, cut into pieces of one character more than the context, (n, 33); others are left out."""
+@functools.cache
+def pieces_of(modules: tuple[str, ...], count: int) -> Tensor:
+    """The beginning of the modules' source, in so many pieces of one character more than the context, (count, 33)."""
     text = ""
     for name in modules:
         spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.origin is not None
+        assert spec is not None
+        assert spec.origin is not None
         text += Path(spec.origin).read_text("utf-8")
-    codes = torch.tensor([CHARACTERS.index(character) for character in text if character in CHARACTERS])
-    return codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
+    known = filter(CHARACTERS.__contains__, text)  # there are some names with accents
+    codes = [CHARACTERS.index(character) for character in itertools.islice(known, count * (CONTEXT + 1))]
+    return torch.tensor(codes).view(count, CONTEXT + 1)
 
 
 class Transformer(nn.Module):
@@ -81,21 +84,20 @@ class Problem(NamedTuple):
 
 
 @functools.cache
-def taught(width: int, layers: int, steps: int) -> Tensor:
-    """The logits, for the student's pieces, of a teacher that was trained on them and others."""
-    pieces = windows(TEACHER)
+def taught(count: int, width: int, layers: int, steps: int) -> Tensor:
+    """The logits, for the student's pieces, of a teacher that was trained on five times as many, those among them."""
+    pieces = pieces_of(TEACHER, 5 * count)
     teacher = Transformer(width, layers, seed=0)
 
     def forward(batch: Tensor) -> Forward:
         logits = teacher(pieces[batch, :-1])
         return Forward([cross_entropy(logits, pieces[batch])], logits)
 
-    for _ in fit(
-        teacher.parameters(), shuffled(len(pieces), BATCH, steps, 0), forward, {"optimizer": "AdamW", "lr": 3e-3}
-    ):
+    how = {"optimizer": "AdamW", "lr": 3e-3}
+    for _ in fit(teacher.parameters(), shuffled(len(pieces), BATCH, steps, 0), forward, how):
         pass
     with torch.no_grad():
-        logits: Tensor = teacher(windows(STUDENT)[:, :-1])
+        logits: Tensor = teacher(pieces_of(STUDENT, count)[:, :-1])
     return logits
 
 
@@ -103,10 +105,13 @@ def prepare(options: Options, seed: int) -> Problem:
     """One teacher and one split for all seeds.
 
     Args:
-        options: ``teacher``: width, layers and steps of its training; ``steps`` of the student's; its ``width``.
+        options: ``pieces`` of the student's text; its ``width``, and ``steps`` of its training; ``teacher``: width,
+            layers and steps of the training.
         seed: of nothing here; of the student's initial weights and batches later.
     """
-    return Problem(windows(STUDENT), taught(*options["teacher"]), windows(VALIDATION), windows(TEST), options)
+    count = options["pieces"]
+    validation, test = pieces_of(VALIDATION, count // 2), pieces_of(TEST, count)
+    return Problem(pieces_of(STUDENT, count), taught(count, *options["teacher"]), validation, test, options)
 
 
 def train(problem: Problem, options: Options, seed: int, final: bool) -> Measures:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from benchmarks.studies.digits import LOOK_EVERY
 from benchmarks.studies.harness import Results
@@ -16,87 +15,85 @@ COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#C
 
 
 def trade_off(results: Results) -> Figure:
-    """Both losses over the training set at the end: a line through all learning rates, a large dot for the chosen one."""
+    """Both losses over the training set at the end: a line through all learning rates, a dot for the chosen one."""
     shown = ("sum", "gains", "fixed", "dot", "matched", "delta-0.075")
-    figure, panels = grid(len(results["experiments"]), 3)
-    for axes, experiment in zip(panels, results["experiments"].values(), strict=True):
-        for colour, key in zip(COLOURS, shown, strict=False):
+    found = list(results["experiments"].values())
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    panels = list(figure.subplots(2, 3).ravel())
+    for axes, experiment in zip(panels, found, strict=False):
+        for colour, key in zip(COLOURS, shown, strict=True):
             row = experiment["rows"].get(key)
             if row is None:
                 continue
-            points = sorted((at["lr"], at["task"], at["logits"]) for at in row["grid"])
             if key != "fixed":
-                axes.plot(
-                    [task for _, task, _ in points], [logits for *_, logits in points], ".-", color=colour, lw=0.9
-                )
+                line = [[at[loss] for at in row["grid"]] for loss in ("task", "logits")]
+                axes.plot(*line, ".-", color=colour, linewidth=0.9)
             (x, dx), (y, dy) = row["mean"]["task"], row["mean"]["logits"]
-            label = row["label"].replace("AdamW", "SGD")
-            axes.errorbar(x, y, dy, dx, fmt="o", color=colour, markersize=7, label=label)
+            axes.errorbar(x, y, dy, dx, fmt="o", color=colour, markersize=7, label=row["label"])
         plain(axes, experiment["title"], "task loss", "distillation loss")
         axes.loglog()
-    legend(figure, panels)
+    for axes in panels[len(found) :]:
+        axes.set_axis_off()
+    legend(figure, panels[:1])
     return figure
 
 
 def conflict(results: Results) -> Figure:
     """Conflict, dominance and weights over training; what wrong labels and the ablation come to."""
-    figure, panels = grid(6, 3)
     found = results["experiments"]
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    halves = figure.add_gridspec(2)
+    upper, lower = (figure.add_subfigure(halves[n]) for n in range(2))
+
     noisy = found["noise30"]
-    rows = {key: noisy["rows"][key] for key in ("sum", "mokd", "norm", "none")}
-    for axes, curve, what in zip(
-        panels,
-        ("cosine", "log_ratio", "weight"),
-        ("cosine of the two gradients", "log₁₀ of distillation's norm over the task's", "weight of distillation"),
-        strict=False,
-    ):
-        for colour, row in zip(COLOURS, rows.values(), strict=False):
+    rows = [noisy["rows"][key] for key in ("sum", "mokd", "norm", "none")]
+    curves = {
+        "cosine": ("cosine of the two gradients", 0),
+        "log_ratio": ("log₁₀ (distillation's norm / task's norm)", 0),
+        "weight": ("weight of distillation", 1),
+    }
+    panels = upper.subplots(1, 3)
+    for axes, (curve, (what, level)) in zip(panels, curves.items(), strict=True):
+        for colour, row in zip(COLOURS, rows, strict=False):
             values = row["curves"].get(curve, [])
             steps = range(LOOK_EVERY, LOOK_EVERY * (len(values) + 1), LOOK_EVERY)
             axes.plot(steps, values, color=colour, label=row["label"])
+        axes.axhline(level, color="0.7", linewidth=0.8, zorder=0)
         plain(axes, noisy["title"], "step", what)
-        axes.axhline(1 if curve == "weight" else 0, color="0.7", lw=0.8, zorder=0)
-    sweep = {key: found[key] for key in ("noise0", "noise10", "noise30", "noise50")}
-    levels = [100 * experiment["problem"]["noise"] for experiment in sweep.values()]
+    legend(upper, panels[:1])
+
+    sweep, *features = lower.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    noises = [found[key] for key in ("noise0", "noise10", "noise30", "noise50")]
     for colour, key in zip(COLOURS[1:], ("mokd", "mokd_stopped", "fixed", "sum_stopped"), strict=False):
-        differences = [experiment["rows"][key]["difference"]["sum"]["test"] for experiment in sweep.values()]
-        means, errors = ([100 * value for value in values] for values in zip(*differences, strict=True))
-        panels[3].errorbar(levels, means, errors, fmt="o-", color=colour, label=noisy["rows"][key]["label"], capsize=3)
-    panels[3].axhline(0, color="0.7", lw=0.8, zorder=0)
-    plain(panels[3], "Test accuracy, against SGD on the sum", "wrong labels %", "difference in points")
-    for axes, key in zip(panels[4:], ("features_few", "features_noisy"), strict=True):
-        dots(axes, found[key])
-    legend(figure, [panels[0], panels[3]])
+        pairs = [experiment["rows"][key]["difference"]["sum"]["test"] for experiment in noises]
+        means, errors = ([100 * value for value in values] for values in zip(*pairs, strict=True))
+        levels = [100 * experiment["problem"]["noise"] for experiment in noises]
+        sweep.errorbar(levels, means, errors, fmt="o-", color=colour, label=noisy["rows"][key]["label"], capsize=3)
+    sweep.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    sweep.legend(fontsize=8)
+    plain(sweep, "Test accuracy, less that of SGD on the sum", "wrong labels %", "points")
+    dots(features, [found["features_few"], found["features_noisy"]])
     return figure
 
 
 def accuracies(results: Results) -> Figure:
-    """Test accuracies."""
-    figure, panels = grid(len(results["experiments"]), 2)
-    for axes, experiment in zip(panels, results["experiments"].values(), strict=True):
-        dots(axes, experiment)
+    """Test accuracies of all rows."""
+    found = list(results["experiments"].values())
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    dots(figure.subplots(1, len(found)), found)
     return figure
 
 
-def dots(axes: Axes, experiment: Results) -> None:
-    """A line per row with its mean test accuracy and standard error."""
-    rows = list(experiment["rows"].values())
-    for place, row in enumerate(rows):
-        mean, error = (100 * value for value in row["mean"]["test"])
-        axes.errorbar(mean, place, xerr=error, fmt="o", color=COLOURS[0], capsize=3)
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axes.invert_yaxis()
-    plain(axes, experiment["title"], "test accuracy %", "")
-
-
-def grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels."""
-    lines = -(-count // columns)
-    figure = Figure(figsize=(4.5 * columns, 3.9 * lines), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).ravel())
-    for axes in panels[count:]:
-        axes.set_axis_off()
-    return figure, panels[:count]
+def dots(panels: Sequence[Axes], experiments: Sequence[Results]) -> None:
+    """Experiments with the same rows beside each other: mean test accuracy and standard error."""
+    for axes, experiment in zip(panels, experiments, strict=True):
+        rows = list(experiment["rows"].values())
+        means, errors = zip(*(row["mean"]["test"] for row in rows), strict=True)
+        percents, bars = ([100 * value for value in values] for values in (means, errors))
+        axes.errorbar(percents, range(len(rows)), xerr=bars, fmt="ko")
+        axes.set_yticks(range(len(rows)), [row["label"] for row in rows] if axes is panels[0] else [""] * len(rows))
+        axes.invert_yaxis()
+        plain(axes, experiment["title"], "test accuracy %", "")
 
 
 def plain(axes: Axes, title: str, x: str, y: str) -> None:
@@ -106,9 +103,6 @@ def plain(axes: Axes, title: str, x: str, y: str) -> None:
     axes.grid(alpha=0.25)
 
 
-def legend(figure: Figure, panels: Iterable[Axes]) -> None:
-    """One for all panels, each label once."""
-    found: Mapping[str, Any] = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, frameon=False)
+def legend(figure: FigureBase, panels: Iterable[Axes]) -> None:
+    handles, labels = next(iter(panels)).get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
