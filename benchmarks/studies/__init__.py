@@ -22,6 +22,7 @@ from benchmarks.studies import harness
 STUDIES = {
     "dot": "DOT's trade-off between the two losses: digits, and a language model of characters",
     "mokd": "MoKD's conflict and dominance, its ablation, its cheaper ways, wrong labels",
+    "kd4mtl": "distillation for multi-task learning, beside ways to weigh the tasks",
     "three": "three losses: task, logits and features",
 }
 
