@@ -127,6 +127,8 @@ class _DOT(MultiLossOptimizer):
         for group, positions in self._grouped():
             for i, own in enumerate(collected.gradients):
                 shared = [n for n in positions if reach[n] > 1 and own[n] is not None]
+                if not shared:
+                    continue
                 params = [collected.params[n] for n in shared]
                 # Without any momentum there is no buffer, and the gradient is the step.
                 buffers = [self._buffers_of(p).get(keys[i]) for p in params]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from distill_optim.monitor.history import DOMINANT, History
@@ -109,10 +110,10 @@ def _dominance(history: History) -> Iterator[str]:
         if not rates[0, i] >= _DOMINATED:
             continue
         others = history.norms[:, 0, [j for j in range(len(history.names)) if j != i]].nan_to_num(0).amax(-1)
-        ratio = (history.norms[:, 0, i] / others).nanmedian().item()
+        ratio = torch.where(others > 0, history.norms[:, 0, i] / others, torch.nan).nanquantile(0.5).item()
         yield (
             f"{name} dominates: its gradient is more than {DOMINANT:g} times as long as every other in "
-            f"{_percent(rates[0, i])} of the records, {ratio:.3g} times in the middle.{_places(history, rates[:, i])}"
+            f"{_percent(rates[0, i])} of the records, median {ratio:.3g} times.{_places(history, rates[:, i])}"
         )
         if not adaptive:
             yield (
@@ -123,10 +124,10 @@ def _dominance(history: History) -> Iterator[str]:
 
 def _steps(history: History) -> Iterator[str]:
     """What the optimizer makes of it, where that is something else than the sum."""
-    middle = history.weights.nanmedian(0).values.tolist()
+    middle = history.weights.nanquantile(0.5, 0).tolist()
     if history.optimizer.startswith("MoKD"):
         weights = ", ".join(f"{name} {w:.2g}" for name, w in zip(history.names, middle, strict=True))
-        yield f"Weights in the middle: {weights}."
+        yield f"Median weights: {weights}."
         for name, w in zip(history.names, middle, strict=True):
             if abs(w) < _HARMFUL:
                 yield (
@@ -134,11 +135,10 @@ def _steps(history: History) -> Iterator[str]:
                     'another dominance= or combine="upgrad".'
                 )
     elif history.optimizer.startswith("DOT"):
-        ratios = (history.updates[:, 0] / history.updates[:, 0, :1]).nanmedian(0).values.tolist()
-        raw = (history.norms[:, 0] / history.norms[:, 0, :1]).nanmedian(0).values.tolist()
+        ratios, raw = ((t[:, 0] / t[:, 0, :1]).nanquantile(0.5, 0).tolist() for t in (history.updates, history.norms))
         for name, ratio, before in list(zip(history.names, ratios, raw, strict=True))[1:]:
             yield (
-                f"Momentum goes {ratio:.3g} times as far along {name} as along {history.names[0]} (middle); their "
+                f"Momentum goes {ratio:.3g} times as far along {name} as along {history.names[0]} (median); their "
                 f"gradients are {before:.3g} to 1."
             )
             if history.optimizer == "DOTSGD" and ratio > DOMINANT * before:

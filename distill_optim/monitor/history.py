@@ -78,7 +78,7 @@ class History:
         """Share of the steps in which a gradient is more than ``DOMINANT`` times as long as every other, (U, K)."""
         lengths = self.norms.nan_to_num(0, posinf=0)
         second = lengths.topk(min(2, len(self.names)), -1).values[..., -1:]
-        comparable = (self.norms.isfinite().sum(-1) > 1) & (lengths.amax(-1) > 0)
+        comparable = (lengths > 0).sum(-1) > 1
         return _share(lengths > DOMINANT * second, comparable[..., None].expand_as(lengths))
 
     def harm(self) -> Tensor:

@@ -34,7 +34,7 @@ def plot(history: History, path: str | Path) -> None:
         raise ValueError("plot: nothing was recorded yet")
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
     except ImportError as error:
         raise ImportError("plot: it needs matplotlib; pip install matplotlib") from error
     names = history.names
@@ -61,7 +61,13 @@ def plot(history: History, path: str | Path) -> None:
         drawn = {name: values for name, values in curves.items() if values.isfinite().any()}
         positive = all(bool((values[values.isfinite()] > 0).all()) for values in drawn.values())
         logarithmic = scale == "log" and positive
-        ax.set_yscale("log" if logarithmic else "linear")
+        if logarithmic:
+            span = [values[values.isfinite()] for values in drawn.values()]
+            wide = bool(span) and bool(torch.cat(span).max() > 1e3 * torch.cat(span).min())
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
         for n, (name, values) in enumerate(drawn.items()):
             # A loss has one colour throughout; pairs of losses have their own order.
             n = names.index(name) if name in names else n
@@ -78,6 +84,7 @@ def plot(history: History, path: str | Path) -> None:
     axes[1].set_ylim(-1.05, 1.05)
     axes[1].axhspan(-1.05, 0, color="0.5", alpha=0.12, linewidth=0)
     axes[1].text(0.005, 0.03, "conflict", transform=axes[1].transAxes, color="0.35", fontsize=9)
+    # Where dominance begins.
     for line in DOMINANT, 1 / DOMINANT:
         axes[2].axhline(line, color="0.5", linewidth=0.8, linestyle=":")
     axes[-1].set_xlabel("step")

@@ -227,7 +227,9 @@ class Monitor:
             grams: inner products by unit, (P, P).
             updates: how far the step went along each, by unit, (P,); where it is not said, its weighted gradient.
         """
-        self._units = tuple(dict.fromkeys((*self._units, *grams)))
+        assert self._optimizer is not None
+        # Those that a row has are never fewer than in the row before.
+        self._units = tuple(dict.fromkeys((*self._units, *self._units_of(_params(self._optimizer)))))
         home, k = weights.device, len(self._names)
         missing = torch.full((len(present), len(present)), math.nan, dtype=torch.float64, device=home)
         products = [grams.get(unit, missing).to(home) for unit in self._units]
@@ -247,7 +249,7 @@ class Monitor:
 
     def history(self) -> History:
         """What was recorded, on the host. Waits for the device."""
-        k, u = len(self._names), len(self._units)
+        n, k, u = len(self._records), len(self._names), len(self._units)
         blank = torch.full((0, 2 * k + u * (k * k + k)), math.nan, dtype=torch.float64)
         chunks = [blank]
         # Units may have come in between, with a parameter group: earlier rows are shorter.
@@ -258,7 +260,7 @@ class Monitor:
             chunks.append(torch.cat([columns[0], *(_widened(c, c.shape[1] // before * u) for c in columns[1:])], 1))
         table = torch.cat(chunks)
         losses, weights, grams, updates = table.split([k, k, u * k * k, u * k], 1)
-        products = grams.reshape(-1, u, k, k)
+        products = grams.reshape(n, u, k, k)
         norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
         lengths = torch.where(norms > 0, norms, math.nan)
         return History(
@@ -270,7 +272,7 @@ class Monitor:
             weights=weights,
             norms=norms,
             cosines=products / (lengths[..., None] * lengths[..., None, :]),
-            updates=updates.reshape(-1, u, k),
+            updates=updates.reshape(n, u, k),
         )
 
     def as_dict(self) -> dict[str, float]:
