@@ -15,6 +15,7 @@ demo = [
     "matplotlib>=3.8",  # the picture
     "rich>=13",  # progress bar and table
 ]
+plot = ["matplotlib>=3.8"]  # the monitor's picture
 test = [
     *demo,
     "pytest>=8",
@@ -54,6 +55,7 @@ setup(
     install_requires=["torch>=2.9", "numpy"],
     extras_require={
         "demo": demo,
+        "plot": plot,
         "test": test,
         "integrations": integrations,
         "docs": docs,

@@ -18,6 +18,8 @@ _FEW = 20
 _OFTEN = 0.25
 _HARMFUL = 0.05
 _DOMINATED = 0.5
+# A loss of which the step takes less than this is as good as left out.
+_IGNORED = 0.05
 # A mean cosine nearer to zero than this is that of gradients at right angles, whose signs are noise.
 _ORTHOGONAL = 0.05
 # So many pairs of losses are spelt out.
@@ -88,9 +90,10 @@ def _conflict(history: History) -> Iterator[str]:
     if len(often) > _PAIRS:
         yield f"So do {len(often) - _PAIRS} more pairs, in at least {_percent(_OFTEN)}."
     harmed = {name: share for name, share in zip(names, history.harm(), strict=True) if share >= _HARMFUL}
-    for name, share in harmed.items():
-        yield f"The weighted sum of the gradients makes {name} worse, to first order, in {_percent(share)}."
     adaptive = history.optimizer.startswith("MoKD")
+    total = "weighted sum" if adaptive else "sum"
+    for name, share in harmed.items():
+        yield f"The {total} of the gradients makes {name} worse, to first order, in {_percent(share)} of the records."
     if harmed and not adaptive:
         yield (
             f"{_TRY}Try MoKD{_base(history)}: its default combination makes no loss worse, to first order. Compare it "
@@ -101,7 +104,7 @@ def _conflict(history: History) -> Iterator[str]:
     elif often and not adaptive and min(means) > -_ORTHOGONAL:
         yield "On average they are at right angles, so that the sign is noise."
     elif often:
-        yield "The step makes none of them worse all the same."
+        yield f"Their {total} makes none of them worse all the same."
 
 
 def _dominance(history: History) -> Iterator[str]:
@@ -129,7 +132,7 @@ def _steps(history: History) -> Iterator[str]:
         weights = ", ".join(f"{name} {w:.2g}" for name, w in zip(history.names, middle, strict=True))
         yield f"Median weights: {weights}."
         for name, w in zip(history.names, middle, strict=True):
-            if abs(w) < _HARMFUL:
+            if abs(w) < _IGNORED:
                 yield (
                     f"{_TRY}{name} is hardly learnt from: min-norm follows short gradients. Look at its scale, or try "
                     'another dominance= or combine="upgrad".'

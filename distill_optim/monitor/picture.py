@@ -36,7 +36,7 @@ def plot(history: History, path: str | Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
     except ImportError as error:
-        raise ImportError("plot: it needs matplotlib; pip install matplotlib") from error
+        raise ImportError('plot: it needs matplotlib; pip install "distill_optim[plot]"') from error
     names = history.names
     norms, cosines = history.norms[:, 0], history.cosines[:, 0]
     worst = sorted(history.pairs, key=lambda pair: cosines[:, pair[0], pair[1]].nanmean().nan_to_num(2).item())

@@ -21,6 +21,7 @@ from distill_optim.gradients import (
     by_index,
     check_losses,
     gradients_beside,
+    is_losses,
     loss_names,
     values,
 )
@@ -171,6 +172,8 @@ class Monitor:
             raise ValueError("observe: this monitor is closed; make a new one")
         if isinstance(self._optimizer, MultiLossOptimizer):
             raise ValueError(f"observe: the steps of {self._kind} are recorded by themselves; leave it out")
+        if not is_losses(losses):
+            raise TypeError(f"losses: expected a list, tuple or mapping, got {type(losses).__name__}")
         named = losses if isinstance(losses, Mapping) else dict(zip(loss_names(len(losses)), losses, strict=True))
         known = self._names or tuple(named)
         if unknown := [name for name in named if name not in known]:
@@ -234,7 +237,7 @@ class Monitor:
         missing = torch.full((len(present), len(present)), math.nan, dtype=torch.float64, device=home)
         products = [grams.get(unit, missing).to(home) for unit in self._units]
         lengths = [
-            updates[unit] if unit in updates else weights * g.diagonal().sqrt()
+            updates[unit] if unit in updates else weights.abs() * g.diagonal().sqrt()
             for unit, g in zip(self._units, products, strict=True)
         ]
         parts = [

@@ -25,8 +25,7 @@ from tests.distributed.models import (
 )
 from tests.processes import Pool
 
-# With a static graph torch counts on the backward pass being the first thing that happens to the graph.
-every_flag = pytest.mark.parametrize("flags", [flags for flags in FLAGS if flags != "static_graph"])
+every_flag = pytest.mark.parametrize("flags", FLAGS)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
