@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill_optim.gradients.collected import Column
-from distill_optim.gradients.graph import hides_leaves, leaves_above, nodes_above
+from distill_optim.gradients.graph import delays_reduction, hides_leaves, leaves_above, nodes_above
 from distill_optim.gradients.processes import Replicas
 from distill_optim.sharding import local
 
@@ -130,7 +130,7 @@ def gradients_beside(
 
     Raises:
         ValueError: as :func:`backward_each`; also for sharded parameters and reentrant checkpoints, which know whole
-            backward passes only.
+            backward passes only, and in the first step under ``DistributedDataParallel(static_graph=True)``.
     """
     if any(local(p)[1] is not None for p in params):
         raise ValueError(
@@ -141,6 +141,11 @@ def gradients_beside(
         raise ValueError(
             "losses: below a reentrant checkpoint the graph can only be walked back whole; call "
             "checkpoint(..., use_reentrant=False)"
+        )
+    if delays_reduction(losses.values()):
+        raise ValueError(
+            "losses: DistributedDataParallel(static_graph=True) would take this for its first backward pass, and average "
+            "nothing in its own; leave static_graph out while you look, or look from the second step on"
         )
     refuse_graphed(losses, names)
     wanted = [n for n, p in enumerate(params) if p.requires_grad]

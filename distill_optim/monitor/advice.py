@@ -102,7 +102,7 @@ def _conflict(history: History) -> Iterator[str]:
     elif harmed:
         yield f'{_TRY}Take every=1, no through=, and a combine= without compromise, such as "min_norm" or "upgrad".'
     elif often and not adaptive and min(means) > -_ORTHOGONAL:
-        yield "On average they are at right angles, so that the sign is noise."
+        yield "On average they are not against each other: the sign is mostly noise."
     elif often:
         yield f"Their {total} makes none of them worse all the same."
 
