@@ -19,6 +19,7 @@ studies = [
     *demo,  # their data, tables and pictures
     "tqdm>=4.66",  # a progress bar that survives being piped into a file
 ]
+plot = ["matplotlib>=3.8"]  # the monitor's picture
 test = [
     *studies,
     "pytest>=8",
@@ -59,6 +60,7 @@ setup(
     extras_require={
         "demo": demo,
         "studies": studies,
+        "plot": plot,
         "test": test,
         "integrations": integrations,
         "docs": docs,

@@ -21,6 +21,7 @@ COMMANDS = {
     "resolve": "Gram matrix and weights, beside the norm of a gradient",
     "train": "whole training steps",
     "activation_gram": "the Gram matrix from activation gradients, in place of K weight gradients",
+    "monitor": "what a monitor costs",
     "memory": "peak memory of a training step, in sets of gradients",
     "distributed": "training steps of several processes under DistributedDataParallel",
     "goals": "what the project set out to reach, one line each",

@@ -1,6 +1,6 @@
 """Optimizers for training on several losses at once, distillation first."""
 
-from distill_optim import combine, distill
+from distill_optim import combine, distill, monitor
 from distill_optim.closure import MultiLossClosure, joint_loss
 from distill_optim.dot import DOTSGD, DOTAdamW
 from distill_optim.mokd import MoKDAdamW, MoKDSGD
@@ -14,6 +14,7 @@ __all__ = [
     "combine",
     "distill",
     "joint_loss",
+    "monitor",
 ]
 
 __version__ = "0.1.0.dev0"

@@ -1,4 +1,4 @@
-"""The command line: ``python -m distill_optim demo``, installed as ``distill-optim demo``."""
+"""The command line: ``python -m distill_optim demo`` and ``diagnose``, installed as ``distill-optim``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .demo import train
+from .monitor import History, diagnose
 
 # What the demo needs beyond the package's own dependencies, and the name under which pip knows it.
 DEMO_EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
@@ -21,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = make_parser().parse_args(argv)
     try:
-        return demo(options)
+        status: int = options.run(options)
+        return status
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
@@ -39,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a teacher on scikit-learn's digits, then a much smaller student on noisy labels, "
         "once per optimizer and seed. Prints a table; writes results.json and curves.png.",
     )
+    command.set_defaults(run=demo)
     add = command.add_argument
     add("--seeds", type=positive, help=f"students per optimizer (default: {usual.seeds})")
     add("--epochs", type=positive, help=f"epochs of every student (default: {usual.epochs})")
@@ -61,7 +64,24 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a run of seconds, to see that it works; its numbers mean nothing",
     )
+    command = commands.add_parser(
+        "diagnose",
+        help="say what the losses of a recorded run do to each other",
+        description="Prints advice on a run from the JSON lines that a distill_optim.monitor.Monitor wrote.",
+    )
+    command.set_defaults(run=advise)
+    command.add_argument("file", type=Path, metavar="FILE.jsonl", help="what monitor.write_json_lines wrote")
     return parser
+
+
+def advise(options: argparse.Namespace) -> int:
+    """Print what a monitor's file says."""
+    try:
+        print(diagnose(History.read_json_lines(options.file)))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def demo(options: argparse.Namespace) -> int:

@@ -20,12 +20,13 @@ from distill_optim.gradients import (
     backward_onto,
     hides_leaves,
     leaves_above,
+    lengths_of,
     refuse_graphed,
     refuse_unreached,
 )
 from distill_optim.multi_loss import MultiLossOptimizer, Present, Walk
 from distill_optim.stats import Stats
-from distill_optim.update import decay, descend, dot_adamw, dot_sgd
+from distill_optim.update import bias_corrections, decay, descend, dot_adamw, dot_sgd
 
 
 class _DOT(MultiLossOptimizer):
@@ -115,6 +116,27 @@ class _DOT(MultiLossOptimizer):
 
         values = self._values(collected)
         self._stats = Stats(self._present_names(collected), values, torch.ones_like(values), shared_gram)
+
+    def _gains(self, group: Mapping[str, Any], i: int, params: Sequence[Tensor]) -> list[Any]:
+        """What loss i's buffer is multiplied by in the step of each of these parameters, which several losses reach."""
+        raise NotImplementedError  # not an ABC, for the reason beside MultiLossOptimizer._update
+
+    def _step_lengths(self, collected: Collected) -> list[Column]:
+        reach, keys = collected.reach(), self._keys()
+        found: list[Column] = [[None] * len(reach) for _ in keys]
+        for group, positions in self._grouped():
+            for i, own in enumerate(collected.gradients):
+                shared = [n for n in positions if reach[n] > 1 and own[n] is not None]
+                if not shared:
+                    continue
+                params = [collected.params[n] for n in shared]
+                # Without any momentum there is no buffer, and the gradient is the step.
+                buffers = [self._buffers_of(p).get(keys[i]) for p in params]
+                stepped = [own[n] if buffer is None else buffer for n, buffer in zip(shared, buffers, strict=True)]
+                lengths = lengths_of([v for v in stepped if v is not None])
+                for n, length, gain in zip(shared, lengths, self._gains(group, i, params), strict=True):
+                    found[i][n] = length * gain
+        return found
 
 
 def _on_device(value: Any) -> bool:
@@ -229,6 +251,16 @@ class DOTSGD(_DOT, SGD):
                 f"{group['momentum']} and {self._memory_per_loss(group)}; choose others, or leave fold out"
             )
 
+    def _gain(self, group: Mapping[str, Any], i: int) -> float:
+        """c of loss i, where several losses reach a parameter."""
+        if group["gain"] == "paper":
+            return 1
+        gain: float = (1 - self._memory_per_loss(group)[i]) / (1 - group["momentum"])
+        return gain
+
+    def _gains(self, group: Mapping[str, Any], i: int, params: Sequence[Tensor]) -> list[Any]:
+        return [self._gain(group, i)] * len(params)
+
     def _collect(self, losses: Mapping[int, Tensor], present: Present, walk: Walk) -> None:
         if not self.defaults["fold"] or walk.through is not None:
             super()._collect(losses, present, walk)
@@ -302,7 +334,6 @@ class DOTSGD(_DOT, SGD):
             states = [self.state.get(p, {}) for p in params]
             known = [[state.get(key) for state in states] for key in keys]
             buffers = [list(known[i]) for i in present]
-            matched = group["gain"] == "matched"
             dot_sgd(
                 params,
                 collected.columns(reached, present),
@@ -310,7 +341,7 @@ class DOTSGD(_DOT, SGD):
                 lr=group["lr"],
                 momentum=group["momentum"],
                 momenta=[momenta[i] for i in present],
-                gains=[(1 - momenta[i]) / (1 - group["momentum"]) if matched else 1 for i in present],
+                gains=[self._gain(group, i) for i in present],
                 dampening=group["dampening"],
                 weight_decay=group["weight_decay"],
                 nesterov=group["nesterov"],
@@ -330,9 +361,9 @@ class DOTSGD(_DOT, SGD):
         values, reach = self._values(collected), collected.reach()
         self._stats = Stats(self._present_names(collected), values, torch.ones_like(values), None)
         for group, positions in self._grouped():
-            momenta, lr = self._memory_per_loss(group), group["lr"]
+            lr = group["lr"]
             for i in collected.present:
-                gain = (1 - momenta[i]) / (1 - group["momentum"]) if group["gain"] == "matched" else 1
+                gain = self._gain(group, i)
                 for shared in True, False:
                     mine = [
                         (collected.params[n], collected.gradients[i][n]) for n in positions if (reach[n] > 1) is shared
@@ -424,6 +455,11 @@ class DOTAdamW(_DOT, AdamW):
 
     def _base_memory(self, group: Mapping[str, Any]) -> Any:
         return group["betas"][0]
+
+    def _gains(self, group: Mapping[str, Any], i: int, params: Sequence[Tensor]) -> list[Any]:
+        steps = [self.state[p]["step"] for p in params]
+        on_device = bool(group["capturable"] or group["fused"])
+        return [1 / c for c in bias_corrections(self._memory_per_loss(group)[i], steps, on_device)]
 
     def _update(self, collected: Collected) -> None:
         self._capture_check()

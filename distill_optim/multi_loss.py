@@ -67,6 +67,10 @@ class MultiLossOptimizer(Optimizer):
     _per_optimizer: ClassVar[tuple[str, ...]] = ("losses", "process_group")
 
     _stats: Stats | None = None
+
+    # Shown one gradient per loss before every update, which may write into them. Copies of the optimizer have none.
+    _watchers: tuple[Callable[[Collected], None], ...] = ()
+
     # The group that was asked for, the parameters that its processes have in common, and the processes.
     _replicated: tuple[Any, list[Tensor], Replicas | None] | None = None
 
@@ -161,6 +165,8 @@ class MultiLossOptimizer(Optimizer):
                 self._collected.follow(params, [p.grad for p in params])
         if self._collected:
             self._collected.align(self._params())
+            for watch in self._watchers:
+                watch(self._collected)
             with torch.set_grad_enabled(self.defaults["differentiable"]):
                 self._update(self._collected)
             self._collected = Collected(len(self._names))
@@ -301,6 +307,14 @@ class MultiLossOptimizer(Optimizer):
         """The step from one gradient per loss."""
         # Not an ABC: frameworks make subclasses of optimizers on the fly, with a plain metaclass in mind.
         raise NotImplementedError
+
+    def _step_lengths(self, collected: Collected) -> list[Column] | None:
+        """How far the step went along each loss's memory, per loss and parameter, before the learning rate.
+
+        Of the parameters that several losses reach, in the units of a gradient. None where a loss has no memory of its
+        own, so that the step has its weighted gradient.
+        """
+        return None
 
     def _plain_step(self) -> None:
         """The step from ``.grad``, as the torch optimizer takes it."""

@@ -25,6 +25,7 @@ SMALL = {
     "activation_gram": ["--students", "mlp", "--losses", "1", "2", "--batch", "2"],
     "memory": ["--students", "mlp", "--losses", "1", "2", "--batch", "2"],
     "distributed": ["--students", "mlp", "--losses", "2", "--batch", "2"],
+    "monitor": ["--students", "mlp", "--losses", "2", "--batch", "2", "--steps", "2"],
 }
 # What torch says of the peers' ways is no fault of ours.
 pytestmark = [pytest.mark.filterwarnings("ignore")]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from distill_optim.gradients.collected import Column
-from distill_optim.gradients.graph import hides_leaves, leaves_above, nodes_above
+from distill_optim.gradients.graph import delays_reduction, hides_leaves, leaves_above, nodes_above
 from distill_optim.gradients.processes import Replicas
+from distill_optim.sharding import local
 
 # No loss has this index.
 NONE = -1
@@ -107,6 +108,57 @@ def backward_each(
                 under_way[i] = replicas.average(own, params, without=others)
             gradients.update({i: finish() for i, finish in under_way.items()})
     return gradients, before
+
+
+def gradients_beside(
+    losses: Mapping[int, Tensor], params: Sequence[Tensor], names: Sequence[str], *, scale: Tensor | None = None
+) -> dict[int, Column]:
+    """One gradient per loss for somebody who looks on: the training loop's own backward pass is still to come.
+
+    By ``torch.autograd.grad``, for the very reasons that :func:`backward_each` avoids it: ``.grad`` is not touched, and
+    what waits for a backward pass (``DistributedDataParallel`` averages the first one after a forward and no other)
+    takes no notice. So the gradients are this process's. The graph stays.
+
+    Args:
+        losses: scalar losses by index.
+        params: the parameters that gradients are wanted of.
+        names: names of all losses, for messages.
+        scale: what each loss's gradient is multiplied by (a loss scale), a scalar tensor.
+
+    Returns:
+        Per loss the gradients, None for a parameter that it does not reach; not to be written into.
+
+    Raises:
+        ValueError: as :func:`backward_each`; also for sharded parameters and reentrant checkpoints, which know whole
+            backward passes only, and in the first step under ``DistributedDataParallel(static_graph=True)``.
+    """
+    if any(local(p)[1] is not None for p in params):
+        raise ValueError(
+            "losses: the parameters are sharded (DTensor), and only a backward pass gathers and reduces them; take an "
+            "optimizer of distill_optim, which keeps each loss's gradient of its own passes"
+        )
+    if hides_leaves(losses.values()):
+        raise ValueError(
+            "losses: below a reentrant checkpoint the graph can only be walked back whole; call "
+            "checkpoint(..., use_reentrant=False)"
+        )
+    if delays_reduction(losses.values()):
+        raise ValueError(
+            "losses: DistributedDataParallel(static_graph=True) would take this for its first backward pass, and average "
+            "nothing in its own; leave static_graph out while you look, or look from the second step on"
+        )
+    refuse_graphed(losses, names)
+    wanted = [n for n, p in enumerate(params) if p.requires_grad]
+    gradients: dict[int, Column] = {}
+    for i, loss in losses.items():
+        with walked_back(names[i]):
+            found = torch.autograd.grad(
+                loss, [params[n] for n in wanted], _seed(loss, scale), retain_graph=True, allow_unused=True
+            )
+        own = dict(zip(wanted, found, strict=True))
+        gradients[i] = [own.get(n) for n in range(len(params))]
+        _check_gradients(gradients[i], names[i])
+    return gradients
 
 
 def backward_onto(

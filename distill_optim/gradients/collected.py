@@ -111,7 +111,7 @@ class Collected:
     def remember(self) -> None:
         """Takes down how long ``.grad`` is now, for :meth:`follow`."""
         grads = [p.grad if reached else None for p, reached in zip(self.params, self.reach(), strict=True)]
-        lengths = iter(_lengths([g for g in grads if g is not None]))
+        lengths = iter(lengths_of([g for g in grads if g is not None]))
         self._lengths = [None if g is None else next(lengths) for g in grads]
 
     def follow(self, params: Sequence[Tensor], grads: Column) -> None:
@@ -137,9 +137,9 @@ class Collected:
             return
         now_is = [grad for grad in (grads[n] for n in positions) if grad is not None]
         home = now_is[0].device
-        now = _stack(_lengths(now_is), home)
+        now = _stack(lengths_of(now_is), home)
         then = _stack([length for length in (self._lengths[n] for n in positions) if length is not None], home)
-        own_lengths = [iter(_lengths([g for g in own if g is not None])) for own in self.gradients]
+        own_lengths = [iter(lengths_of([g for g in own if g is not None])) for own in self.gradients]
         zero = torch.zeros((), device=home)
         parts = torch.zeros_like(now)
         for own, lengths in zip(self.gradients, own_lengths, strict=True):
@@ -301,7 +301,7 @@ def _sum(columns: Sequence[Column]) -> Column:
 
 def cleared(params: Sequence[Tensor], home: torch.device) -> Tensor:
     """Whether every ``.grad`` that there is is zero, on a device and without waiting for it."""
-    lengths = _lengths([p.grad for p in params if p.grad is not None])
+    lengths = lengths_of([p.grad for p in params if p.grad is not None])
     return _stack([torch.zeros((), device=home), *lengths], home).eq(0).all()
 
 
@@ -310,7 +310,7 @@ def _stack(numbers: Sequence[Tensor], home: torch.device) -> Tensor:
     return torch.stack([x if x.device == home else x.to(home) for x in numbers]).double()
 
 
-def _lengths(tensors: Sequence[Tensor]) -> list[Tensor]:
+def lengths_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Lengths; of a sharded tensor that of the whole."""
     parts = [local(t) for t in tensors]
     return _of_whole(_local_lengths([part for part, _ in parts]), [shards for _, shards in parts])

@@ -32,6 +32,17 @@ def nodes_above(losses: Iterable[Tensor], stop: Collection[Tensor] = ()) -> Iter
         stack.extend(node.next_functions[output : output + 1] if passing else node.next_functions)
 
 
+def delays_reduction(losses: Iterable[Tensor]) -> bool:
+    """Whether ``DistributedDataParallel(static_graph=True)`` takes the next pass through this graph for its first.
+
+    In the first step it has the engine average at the end of whatever pass comes by, be it ours or the training loop's.
+    """
+    for node in nodes_above(losses):
+        if type(node).__name__ == "_DDPSinkBackward" and node.ddp_weakref().static_graph:
+            return True
+    return False
+
+
 def leaves_above(losses: Iterable[Tensor], stop: Collection[Tensor] = ()) -> set[Tensor]:
     """Leaves of the graph between the losses and the tensors at which the walk stops.
 

@@ -119,7 +119,7 @@ def _update(
     if max_exp_avg_sqs:
         torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
     denominators = list(torch._foreach_sqrt(max_exp_avg_sqs or exp_avg_sqs))
-    corrections = [c**0.5 for c in _bias_corrections(beta2, steps, on_device)]
+    corrections = [c**0.5 for c in bias_corrections(beta2, steps, on_device)]
     if differentiable:
         denominators = list(torch._foreach_div(denominators, corrections))  # the backward of a root needs the root
     else:
@@ -136,7 +136,7 @@ def _update(
             torch._foreach_mul_(moments, beta)
             if grads:
                 torch._foreach_add_(moments, torch._foreach_mul(grads, 1 - beta))
-        step_sizes = [-lr / c for c in _bias_corrections(beta, steps, on_device)]
+        step_sizes = [-lr / c for c in bias_corrections(beta, steps, on_device)]
         if on_device:
             # A step size on the device cannot be a scalar argument, so it goes through a copy of the moment. What is
             # recorded needs a copy that the next step does not write into.
@@ -146,7 +146,7 @@ def _update(
             torch._foreach_addcdiv_(params, moments, denominators, [float(s) for s in step_sizes])
 
 
-def _bias_corrections(beta: float | Tensor, steps: list[Tensor], on_device: bool) -> list[Any]:
+def bias_corrections(beta: float | Tensor, steps: list[Tensor], on_device: bool) -> list[Any]:
     """1 − β^t of each parameter: numbers, or 0-d tensors where the step counts may not be read on the host."""
     if on_device:
         # In float64: the counts are float32, in which 1 − 0.999^t has no more than four digits at first.
