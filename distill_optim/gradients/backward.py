@@ -144,8 +144,8 @@ def gradients_beside(
         )
     if delays_reduction(losses.values()):
         raise ValueError(
-            "losses: DistributedDataParallel(static_graph=True) would take this for its first backward pass, and average "
-            "nothing in its own; leave static_graph out while you look, or look from the second step on"
+            "losses: DistributedDataParallel(static_graph=True) would take this for its first backward pass, and "
+            "average nothing in its own; leave static_graph out while you look, or look from the second step on"
         )
     refuse_graphed(losses, names)
     wanted = [n for n, p in enumerate(params) if p.requires_grad]
