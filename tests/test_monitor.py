@@ -571,6 +571,13 @@ def test_rates_are_counted() -> None:
     assert 0 < history.dominance().max() < 1
 
 
+def test_orthogonal_up_to_rounding_is_no_harm() -> None:
+    for cosine, harm in (-1e-12, 0.0), (-1e-6, 1.0):
+        history = constructed(AGREEING, weights=[0.0, 1.0])
+        history.cosines[:] = torch.tensor([[1.0, cosine], [cosine, 1.0]])
+        assert history.harm().tolist() == [harm, 0.0]
+
+
 def test_min_norm_does_no_harm() -> None:
     model = student()
     optimizer = MoKDSGD(model.parameters(), lr=0.05, losses=3)

@@ -38,7 +38,7 @@ class History:
         norms: lengths of the raw gradients, shape (N, U, K).
         cosines: between the raw gradients, shape (N, U, K, K).
         updates: how far each step went along each loss, before the learning rate, shape (N, U, K). MoKD and torch's
-            optimizers: the weighted gradient, |wᵢ|‖gᵢ‖. DOTSGD: the momentum buffer cᵢ‖vᵢ‖; DOTAdamW: the first moment,
+            optimizers: the weighted gradient wᵢgᵢ. DOTSGD: the momentum buffer cᵢ‖vᵢ‖; DOTAdamW: the first moment,
             corrected for its bias, before the division by √v.
 
     Example:

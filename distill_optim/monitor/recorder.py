@@ -265,7 +265,6 @@ class Monitor:
         losses, weights, grams, updates = table.split([k, k, u * k * k, u * k], 1)
         products = grams.reshape(n, u, k, k)
         norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
-        lengths = torch.where(norms > 0, norms, math.nan)
         return History(
             optimizer=self._kind,
             names=self._names,
@@ -274,7 +273,7 @@ class Monitor:
             losses=losses,
             weights=weights,
             norms=norms,
-            cosines=products / (lengths[..., None] * lengths[..., None, :]),
+            cosines=products / (norms[..., None] * norms[..., None, :]),
             updates=updates.reshape(n, u, k),
         )
 
