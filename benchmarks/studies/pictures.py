@@ -21,7 +21,7 @@ def trade_off(results: Results) -> Figure:
     figure = Figure(figsize=(13, 8), layout="constrained")
     panels = list(figure.subplots(2, 3).ravel())
     for axes, experiment in zip(panels, found, strict=False):
-        for colour, key in zip(COLOURS, shown, strict=True):
+        for colour, key in zip(COLOURS, shown, strict=False):
             row = experiment["rows"].get(key)
             if row is None:
                 continue
