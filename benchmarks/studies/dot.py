@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.studies import digits, language
-from benchmarks.studies.harness import Column, Experiment, Options, Results, Row, Study, markdown
+from benchmarks.studies.harness import Column, Experiment, Options, Results, Row, Study, markdown, number
 from benchmarks.studies.pictures import trade_off
 
 MOMENTUM, DELTA = 0.9, 0.075
@@ -80,15 +81,24 @@ def rate_by_rate(found: Results) -> str:
         ["lr", "sum: task, distillation", "DOT: task, distillation", "both lower", "fixed weights below DOT in both"]
     ]
     for theirs, ours in zip(rows["sum"]["grid"], rows["dot"]["grid"], strict=True):
-        losses = [f"{at['task']:.3f}, {at['logits']:.3f}" for at in (theirs, ours)]
+        losses = [
+            ", ".join("–" if at[k] is None else f"{at[k]:.3f}" for k in ("task", "logits")) for at in (theirs, ours)
+        ]
         below = sum(below_both(at, ours) for at in plain)
         both = "yes" if below_both(ours, theirs) else "no"
         lines.append([f"{ours['lr']:g}", *losses, both, f"{below} of {len(plain)}"])
     return markdown(lines)
 
 
+def shown(loss: float | None) -> str:
+    return number(math.nan if loss is None else loss, ".3f")
+
+
 def below_both(a: Results, b: Results) -> bool:
-    return bool(a["task"] < b["task"] and a["logits"] < b["logits"])
+    """A loss that is not finite, null in the file, is below none."""
+    pairs = [(at["task"], at["logits"]) for at in (a, b)]
+    (task, distill), (other_task, other_distill) = ((math.inf if x is None else x for x in pair) for pair in pairs)
+    return bool(task < other_task and distill < other_distill)
 
 
 def study(*, quick: bool = False) -> Study:

@@ -21,7 +21,7 @@ def trade_off(results: Results) -> Figure:
     figure = Figure(figsize=(13, 8), layout="constrained")
     panels = list(figure.subplots(2, 3).ravel())
     for axes, experiment in zip(panels, found, strict=False):
-        for colour, key in zip(COLOURS, shown, strict=True):
+        for colour, key in zip(COLOURS, shown, strict=False):
             row = experiment["rows"].get(key)
             if row is None:
                 continue
@@ -31,7 +31,7 @@ def trade_off(results: Results) -> Figure:
             (x, dx), (y, dy) = row["mean"]["task"], row["mean"]["logits"]
             axes.errorbar(x, y, dy, dx, fmt="o", color=colour, markersize=7, label=row["label"])
         plain(axes, experiment["title"], "task loss", "distillation loss")
-        axes.loglog()
+        axes.set_yscale("log")
     for axes in panels[len(found) :]:
         axes.set_axis_off()
     legend(figure, panels[:1])
@@ -93,7 +93,7 @@ def dots(panels: Sequence[Axes], experiments: Sequence[Results]) -> None:
         axes.errorbar(percents, range(len(rows)), xerr=bars, fmt="ko")
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows] if axes is panels[0] else [""] * len(rows))
         axes.invert_yaxis()
-        plain(axes, experiment["title"], "test accuracy %", "")
+        plain(axes, experiment["title"].replace(", ", "\n", 1), "test accuracy %", "")
 
 
 def plain(axes: Axes, title: str, x: str, y: str) -> None:
