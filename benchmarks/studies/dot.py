@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.studies import digits, language
-from benchmarks.studies.harness import Column, Experiment, Options, Results, Row, Study, markdown, number
+from benchmarks.studies.harness import Column, Experiment, Options, Results, Row, Study, markdown
 from benchmarks.studies.pictures import trade_off
+from distill_optim.demo.report import number
 
 MOMENTUM, DELTA = 0.9, 0.075
 # The long-run gain 1/(1 - mu) of either buffer over that of SGD's one: 0.571 and 4, or 1 : 7.
