@@ -136,9 +136,11 @@ def _prepared(prepare: Callable[[Options, int], Any], problem: str, seed: int) -
 def run(job: Job) -> Measures:
     """The measures, and the seconds of processor time that the training took, which other processes do not stretch."""
     prepared = _prepared(job.prepare, canonical(job.problem), job.seed)
-    start = time.process_time()
-    measures = job.train(prepared, job.options, job.seed, job.final)
-    return {**measures, "seconds": time.process_time() - start}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)  # for methods that draw, such as PCGrad
+        start = time.process_time()
+        measures = job.train(prepared, job.options, job.seed, job.final)
+        return {**measures, "seconds": time.process_time() - start}
 
 
 # ---------------------------------------------------------------- all runs

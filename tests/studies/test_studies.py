@@ -309,7 +309,7 @@ def test_the_quick_mode_says_what_it_said(name: str, tmp_path: Path, capsys: pyt
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     study = studies.load("three", quick=True)
     (key, made), *_ = study.experiments.items()
-    rows = {row: made.rows[row] for row in ("sum", "fixed", "mokd")}
+    rows = {row: made.rows[row] for row in ("sum", "fixed", "mokd", "pcgrad")}
     small = replace(study, experiments={key: replace(made, rows=rows)})
     one, two = (harness.carry_out(small, Log(tmp_path / f"{n}.jsonl"), workers=n) for n in (1, 2))
     assert without_seconds(one) == without_seconds(two)
