@@ -92,6 +92,10 @@ def measure(rank: int, store: str, out: str, options: argparse.Namespace) -> Non
             Path(out).write_text(json.dumps(rows), "utf-8")
     finally:
         distributed.destroy_process_group()
+    # Threads of gloo that outlive the group, for DDP's reducers hold it, abort the process when Python is taken down
+    # around them ("terminate called without an active exception"): what was measured is written, so end before that.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from tests.distributed.models import (
     student,
     tensors_of,
 )
+from tests.processes import leave
 
 CLIP = 0.05
 
@@ -67,6 +68,7 @@ def with_accelerate(rank: int, port: int, make: Any) -> None:
     assert_same_everywhere(tensors_of(model, optimizer))
     assert_close(tensors_of(model, optimizer), one_process(make, 2))
     distributed.destroy_process_group()
+    leave()
 
 
 def lightning_module(make: Any) -> Any:
