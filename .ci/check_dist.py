@@ -28,11 +28,14 @@ def main(dist: Path) -> None:
 
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        Metadata.from_email(archive.read(metadata))  # raises what an index would refuse
+        version = Metadata.from_email(archive.read(metadata)).version  # raises what an index would refuse
         info = metadata.removesuffix("METADATA")
         rest = {name for name in archive.namelist() if not name.startswith(info)}
         expect_same(rest, files("distill_optim"), wheel)
         assert f"{info}licenses/LICENSE" in archive.namelist(), "no licence in the wheel"
+
+    assert f"\nversion: {version}\n" in Path("CITATION.cff").read_text("utf-8"), f"CITATION.cff is not of {version}"
+    assert f"\n## [{version}] - " in Path("CHANGELOG.md").read_text("utf-8"), f"CHANGELOG.md has no {version}"
 
     with tarfile.open(sdist) as archive:
         held = {member.name.partition("/")[2] for member in archive if member.isfile()}
