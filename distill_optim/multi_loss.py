@@ -520,9 +520,10 @@ class MultiLossOptimizer(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Read by ``GradScaler.step``: whether ours handles a scaled ``.grad`` itself.
 
-        It does not, so that the scaler unscales, and skips a step on an overflow in any one loss. Except where there
-        is nothing to step on: there the scaler would fail with a message about inf checks before we could tell
-        what is missing.
+        It does not, so that the scaler unscales, and skips a step on an overflow in any one loss, which leaves
+        everything as it was, the rules' memory too; and frameworks clip, which Lightning refuses to do for optimizers
+        that unscale by themselves. Except where there is nothing to step on: there the scaler would fail with a message
+        about inf checks before we could tell what is missing.
         """
         return not any(p.grad is not None for p in self._params())
 
