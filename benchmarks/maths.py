@@ -240,8 +240,15 @@ def label(axes: Axes, tip: Tensor, text: str, colour: str, beside: bool = False)
     """Beyond the tip of an arrow, or beside it."""
     x, y = (tip / tip.norm()).tolist()
     x, y = (-y, x) if beside else (x, y)
-    style = {"textcoords": "offset points", "ha": "center", "va": "center"}
-    axes.annotate(text, (float(tip[0]), float(tip[1])), (8 * x, 8 * y), color=colour, **style)
+    axes.annotate(
+        text,
+        (float(tip[0]), float(tip[1])),
+        (8 * x, 8 * y),
+        textcoords="offset points",
+        color=colour,
+        ha="center",
+        va="center",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
