@@ -17,4 +17,4 @@ __all__ = [
     "monitor",
 ]
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

@@ -39,7 +39,8 @@ def peak_of_a_step(optimizer: Any, losses: Callable[[], list[Tensor]], how: str)
         elif how == "list":
             optimizer.step(losses())
         else:
-            optimizer.backward(losses())
+            for _ in range(3 if how == "micro-batches" else 1):
+                optimizer.backward(losses())
             optimizer.step()
 
     step()
@@ -70,6 +71,15 @@ def test_a_step_takes_at_most_k_more_gradient_sets(
     ours = peak_of_a_step(cls(model.parameters(), losses=k, **flags), losses, how)
     # Activations, vectors of one width: some thousandths of a set.
     assert ours <= plain + (k + 0.02) * size, f"{(ours - plain) / size:.3f} more sets than a plain step"
+
+
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("cls", [DOTSGD, MoKDSGD, DOTAdamW, MoKDAdamW])
+def test_micro_batches_take_at_most_two_rounds_of_gradients(cls: Any, k: int) -> None:
+    """What was collected and its sum, and as much again of the micro-batch that is walked back."""
+    model, losses, size = wide(k)
+    ours = peak_of_a_step(cls(model.parameters(), losses=k), losses, "micro-batches")
+    assert ours <= (2 * (k + 1) + 0.02) * size, f"{ours / size:.3f} sets"
 
 
 def test_folded_gradients_take_no_memory() -> None:

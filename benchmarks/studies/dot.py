@@ -103,7 +103,7 @@ def below_both(a: Results, b: Results) -> bool:
 
 
 def study(*, quick: bool = False) -> Study:
-    sgd_rates: Rates = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+    sgd_rates: Rates = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
     text_rates: Rates = (0.03, 0.1, 0.3, 1.0)
     adamw_rates: Rates = (0.003, 0.01, 0.03, 0.1)
     seeds, tuning_seeds, steps, teacher_steps = 10, 3, 300, 400

@@ -264,7 +264,7 @@ def row(
 
 
 def study(*, quick: bool = False) -> Study:
-    rates = {"lr": (0.003, 0.01) if quick else (0.003, 0.01, 0.03)}
+    rates = {"lr": (0.003, 0.01) if quick else (0.003, 0.01, 0.03, 0.1)}
     # Of the dense tasks, and of the distances: three numbers to choose from for either.
     dense = [[1.0, 1.0, w, w] for w in (3.0, 10.0, 30.0)]
     scales = [[1.0] * len(TASKS) + [w] * len(TASKS) for w in (0.3, 1.0, 3.0)]

@@ -50,8 +50,8 @@ def rows(rates: Rates) -> dict[str, Row]:
 
 
 def study(*, quick: bool = False) -> Study:
-    rates: Rates = (0.02, 0.1) if quick else (0.01, 0.02, 0.05, 0.1, 0.2)
-    seeds, tuning_seeds = (2, 1) if quick else (10, 2)
+    rates: Rates = (0.02, 0.1) if quick else (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+    seeds, tuning_seeds = (2, 1) if quick else (10, 3)
     steps = {"steps": 20, "teacher_steps": 20} if quick else {"steps": 300, "teacher_steps": 400}
 
     def experiment(title: str, **problem: Any) -> Experiment:
