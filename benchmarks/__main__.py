@@ -29,6 +29,7 @@ COMMANDS = {
     "min_norm": "how near min-norm solvers come to the optimum",
     "studies": "whole trainings, every method tuned alike: what the papers claim, tried out",
     "gallery": "pictures of what every method makes of a few gradients",
+    "maths": "pictures of the walk from losses to a step",
 }
 
 
