@@ -28,6 +28,7 @@ test = [
     "expecttest>=0.2",  # torch.testing._internal.common_optimizers, which test_optim of torch is made of, imports it
     "scipy>=1.11",  # an independent quadratic-programming solver as oracle
     "torchjd[full]>=0.18",  # the same methods by other hands
+    "conflictfree>=0.1.8",  # ConFIG by its authors
     # Interprets our kernel where there is no GPU (a wheel of 200 MB, 700 MB on disk); torch for CUDA brings it along.
     "triton>=3.5; platform_system == 'Linux'",
     "sybil>=8",  # runs the examples in README and docs
