@@ -35,7 +35,7 @@ def main(dist: Path) -> None:
         assert f"{info}licenses/LICENSE" in archive.namelist(), "no licence in the wheel"
 
     assert f"\nversion: {version}\n" in Path("CITATION.cff").read_text("utf-8"), f"CITATION.cff is not of {version}"
-    assert f"\n## [{version}] - " in Path("CHANGELOG.md").read_text("utf-8"), f"CHANGELOG.md has no {version}"
+    assert f"\n## {version} - " in Path("CHANGELOG.md").read_text("utf-8"), f"CHANGELOG.md has no {version}"
 
     with tarfile.open(sdist) as archive:
         held = {member.name.partition("/")[2] for member in archive if member.isfile()}

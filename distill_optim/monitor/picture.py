@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ _DASHES = ("-", "--", "-.", ":")
 
 
 def plot(history: History, path: str | Path) -> None:
-    """Draws losses, cosines, lengths relative to the first loss's, and weights over time.
+    """Draws losses, cosines, lengths and steps relative to the first loss's, and weights over time.
 
     Faint lines are the records, strong ones their running mean over a twentieth of them (geometric where the axis is
     logarithmic). Of many pairs of losses the eight with the lowest mean cosines are drawn.
@@ -55,15 +56,16 @@ def plot(history: History, path: str | Path) -> None:
         ),
         ("Weights of the gradients", "linear", {name: history.weights[:, i] for i, name in enumerate(names)}),
     ]
-    figure = Figure(figsize=(8, 10), layout="constrained", dpi=120)
+    # Small in inches: at the width of a phone ten points are still eight pixels.
+    figure = Figure(figsize=(6, 9), layout="constrained", dpi=160)
     axes: Any = figure.subplots(len(panels), 1, sharex=True)
     for ax, (title, scale, curves) in zip(axes, panels, strict=True):
         drawn = {name: values for name, values in curves.items() if values.isfinite().any()}
-        positive = all(bool((values[values.isfinite()] > 0).all()) for values in drawn.values())
-        logarithmic = scale == "log" and positive
+        numbers = [x for values in drawn.values() for x in values.tolist() if math.isfinite(x)]
+        # Over less than a factor of four a logarithmic axis has one label or two.
+        logarithmic = scale == "log" and bool(numbers) and min(numbers) > 0 and max(numbers) > 4 * min(numbers)
         if logarithmic:
-            span = [values[values.isfinite()] for values in drawn.values()]
-            wide = bool(span) and bool(torch.cat(span).max() > 1e3 * torch.cat(span).min())
+            wide = max(numbers) > 1e3 * min(numbers)
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
             ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -78,17 +80,19 @@ def plot(history: History, path: str | Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
         if drawn:
-            ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+            ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=10, handlelength=1.2)
         else:
             ax.text(0.5, 0.5, "not known", transform=ax.transAxes, ha="center", va="center", color="0.4")
     axes[1].set_ylim(-1.05, 1.05)
     axes[1].axhspan(-1.05, 0, color="0.5", alpha=0.12, linewidth=0)
-    axes[1].text(0.005, 0.03, "conflict", transform=axes[1].transAxes, color="0.35", fontsize=9)
+    axes[1].text(0.005, 0.03, "conflict", transform=axes[1].transAxes, color="0.35", fontsize=10)
     # Where dominance begins.
     for line in DOMINANT, 1 / DOMINANT:
         axes[2].axhline(line, color="0.5", linewidth=0.8, linestyle=":")
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    # Twice, here and in savefig: the first layout changes the ticks, and the second makes room for their labels.
+    figure.draw_without_rendering()
     figure.savefig(path)
 
 
