@@ -45,7 +45,7 @@ def dist(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> DIST:
         temperature: T.
 
     Returns:
-        A named tuple of two scalars, in float32 or wider: ``optimizer.step([ce, *dist(...)])``.
+        A named tuple of two scalars, in float32 or wider, for ``optimizer.step([ce, *dist(...)])``.
 
     Raises:
         TypeError, ValueError: for shapes that do not fit, what is no floating-point tensor, or a temperature that is

@@ -40,7 +40,7 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 4
         temperature: T.
 
     Returns:
-        A named tuple of two scalars, in float32 or wider: ``optimizer.step([ce, *dkd(...)])``.
+        A named tuple of two scalars, in float32 or wider, for ``optimizer.step([ce, *dkd(...)])``.
 
     Raises:
         TypeError, ValueError: for shapes that do not fit, dtypes that are none of these, or a temperature that is not
