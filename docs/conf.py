@@ -16,7 +16,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 # An equation that is wider than the page is broken into lines: on a phone nobody would see that it can be scrolled.
-mathjax3_config = {"output": {"displayOverflow": "linebreak"}}
+mathjax4_config = {"output": {"displayOverflow": "linebreak"}}
 
 # "maximize, foreach: as in torch" documents several arguments in one line, so types stay in the signature.
 autodoc_typehints = "signature"
