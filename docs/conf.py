@@ -15,6 +15,8 @@ version = release = version_line.group(1)
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
+# An equation that is wider than the page is broken into lines: on a phone nobody would see that it can be scrolled.
+mathjax4_config = {"output": {"displayOverflow": "linebreak"}}
 
 # "maximize, foreach: as in torch" documents several arguments in one line, so types stay in the signature.
 autodoc_typehints = "signature"

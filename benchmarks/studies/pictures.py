@@ -70,7 +70,7 @@ def conflict(results: Results) -> Figure:
         levels = [100 * experiment["problem"]["noise"] for experiment in noises]
         sweep.errorbar(levels, means, errors, fmt="o-", color=colour, label=noisy["rows"][key]["label"], capsize=3)
     sweep.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-    sweep.legend(fontsize=8)
+    sweep.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # off the bars
     plain(sweep, "Test accuracy, less that of SGD on the sum", "wrong labels %", "points")
     dots(features, [found["features_few"], found["features_noisy"]])
     return figure

@@ -27,7 +27,7 @@ def gls(gram: Tensor | None, losses: Tensor) -> Tensor:
         losses: values of the losses, shape (..., K).
 
     Returns:
-        Weights of shape (..., K), float64: all equal, in the unit of the losses; 0 where every loss is 0.
+        Weights of shape (..., K), float64, all equal, in the unit of the losses; 0 where every loss is 0.
 
     Example:
         >>> gls(None, torch.tensor([4.0, 9.0]))

@@ -54,7 +54,7 @@ def simplex_qp(matrix: Tensor) -> Tensor:
         matrix: shape (..., K, K), float64, symmetric positive semidefinite up to rounding.
 
     Returns:
-        Tensor of shape (..., K), float64: not finite where ``matrix`` is not finite.
+        Tensor of shape (..., K), float64; not finite where ``matrix`` is not finite.
 
     Example:
         >>> simplex_qp(torch.diag(torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64)))
@@ -102,7 +102,7 @@ def orthant_qp(matrix: Tensor, linear: Tensor) -> Tensor:
         linear: M vectors q for every matrix, shape (..., M, K).
 
     Returns:
-        Tensor of shape (..., M, K), float64: not finite where ``matrix`` is not finite.
+        Tensor of shape (..., M, K), float64; not finite where ``matrix`` is not finite.
 
     Example:
         >>> orthant_qp(torch.eye(2).double(), torch.tensor([[-1.0, 2.0]]).double())

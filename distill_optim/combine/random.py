@@ -18,8 +18,8 @@ def random(gram: Tensor | None, losses: Tensor, *, generator: torch.Generator | 
     2022).
     In the mean over the draws every loss weighs 1/K: what a method gains over this it gains by looking.
 
-    The numbers are drawn on the device of the losses, so nothing waits. Where several processes train one model, give
-    each of them a generator of the same seed, or they draw different weights and drift apart.
+    The numbers are drawn on the device of the losses, so nothing waits. In our optimizers several processes that train
+    one model take what the first one drew; who calls this by hand gives each of them a generator of the same seed.
 
     Args:
         gram: not looked at.

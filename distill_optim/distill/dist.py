@@ -42,10 +42,10 @@ def dist(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> DIST:
     Args:
         student: logits of shape (N, C).
         teacher: logits of the same shape; taken as a constant.
-        temperature: T.
+        temperature: T, by which the logits are divided.
 
     Returns:
-        A named tuple of two scalars, in float32 or wider: ``optimizer.step([ce, *dist(...)])``.
+        A named tuple of two scalars, in float32 or wider, for ``optimizer.step([ce, *dist(...)])``.
 
     Raises:
         TypeError, ValueError: for shapes that do not fit, what is no floating-point tensor, or a temperature that is

@@ -37,10 +37,10 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 4
         teacher: logits of the same shape; taken as a constant.
         labels: the target classes, integers from 0 to C − 1, shape (...). There is no index that is ignored: leave such
             examples out.
-        temperature: T.
+        temperature: T, by which the logits are divided.
 
     Returns:
-        A named tuple of two scalars, in float32 or wider: ``optimizer.step([ce, *dkd(...)])``.
+        A named tuple of two scalars, in float32 or wider, for ``optimizer.step([ce, *dkd(...)])``.
 
     Raises:
         TypeError, ValueError: for shapes that do not fit, dtypes that are none of these, or a temperature that is not

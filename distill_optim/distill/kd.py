@@ -37,7 +37,7 @@ def kd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
         student: logits, shape (..., C): the classes come last, everything before counts the N examples. For maps of
             shape (N, C, H, W) give ``logits.movedim(1, -1)``.
         teacher: logits of the same shape; taken as a constant.
-        temperature: T.
+        temperature: T, by which the logits are divided.
 
     Returns:
         A scalar, in float32 or wider.
@@ -64,7 +64,7 @@ class KDLoss(nn.Module):
     """:func:`kd` as a criterion, for code that makes its losses once and calls them as modules.
 
     Args:
-        temperature: T.
+        temperature: T, by which the logits are divided.
 
     Raises:
         ValueError: for a temperature that is not positive.

@@ -49,7 +49,7 @@ def rkd(student: Tensor, teacher: Tensor) -> RKD:
         teacher: embeddings of shape (N, D'); taken as a constant.
 
     Returns:
-        A named tuple of two scalars, in float32 or wider: ``optimizer.step([ce, *rkd(...)])``.
+        A named tuple of two scalars, in float32 or wider, for ``optimizer.step([ce, *rkd(...)])``.
 
     Raises:
         TypeError, ValueError: for shapes that do not fit, or what is no floating-point tensor.
