@@ -107,18 +107,19 @@ class Monitor:
 
     # ---------------------------------------------------------------- what is looked at
 
+    # In most steps there is nothing to do, for which entering no_grad would be the larger part.
+
     @_disable_dynamo
-    @torch.no_grad()
     def _before_update(self, collected: Collected) -> None:
         """Inner products that have to be taken before the update writes into the gradients."""
         if self._due:
             units = self._units_of(collected.params)
             del units[ALL]  # the step's own statistics have it
             columns = collected.columns(range(len(collected.params)), collected.present)
-            self._under_way = collected, _grams(columns, units)
+            with torch.no_grad():
+                self._under_way = collected, _grams(columns, units)
 
     @_disable_dynamo
-    @torch.no_grad()
     def _after_step(self, optimizer: MultiLossOptimizer, args: Any, kwargs: Any) -> None:
         """Records the step that was taken, if it was one over several losses."""
         stats, under_way = optimizer.stats, self._under_way
@@ -127,19 +128,25 @@ class Monitor:
             return
         self._last = stats
         if self._due:
-            present = [self._names.index(name) for name in stats.names]
-            grams = {} if stats.gram is None else {ALL: stats.gram}
-            updates: dict[str, Tensor] = {}
-            if under_way is not None:
-                collected, beyond = under_way
-                grams |= beyond
-                lengths = optimizer._step_lengths(collected)
-                if lengths is not None:
-                    columns = [lengths[i] for i in present]
-                    units = self._units_of(collected.params)
-                    updates = {unit: _whole_lengths(columns, own, stats.weights) for unit, own in units.items()}
-            self._record(present, stats.losses, stats.weights, grams, updates)
+            with torch.no_grad():
+                self._record_step(optimizer, stats, under_way)
         self._seen += 1
+
+    def _record_step(
+        self, optimizer: MultiLossOptimizer, stats: Stats, under_way: tuple[Collected, dict[str, Tensor]] | None
+    ) -> None:
+        present = [self._names.index(name) for name in stats.names]
+        grams = {} if stats.gram is None else {ALL: stats.gram}
+        updates: dict[str, Tensor] = {}
+        if under_way is not None:
+            collected, beyond = under_way
+            grams |= beyond
+            lengths = optimizer._step_lengths(collected)
+            if lengths is not None:
+                columns = [lengths[i] for i in present]
+                units = self._units_of(collected.params)
+                updates = {unit: _whole_lengths(columns, own, stats.weights) for unit, own in units.items()}
+        self._record(present, stats.losses, stats.weights, grams, updates)
 
     def observe(self, losses: Losses, scaler: Any = None) -> None:
         """Looks at losses that are about to be walked back, around an optimizer that is not one of ours.
