@@ -101,7 +101,7 @@ def test_equal_gradients_and_losses_weigh_the_same(name: str, k: int) -> None:
 
 
 # In pairs: how many losses there are does not matter to the scales.
-@pytest.mark.parametrize(("k", "dominance"), zip([1, 2, 3, 9, 32], itertools.cycle(combine.DOMINANCE)))
+@pytest.mark.parametrize(("k", "dominance"), list(zip([1, 2, 3, 9, 32], itertools.cycle(combine.DOMINANCE))))
 @every_method
 def test_nothing_is_read_on_the_host(name: str, k: int, dominance: str) -> None:
     """Two steps, so that a memory is used; on tensors that claim to be on CUDA and have no data."""
