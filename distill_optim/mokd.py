@@ -157,9 +157,11 @@ class _MoKD(MultiLossOptimizer):
 
         stepped: set[int] = set()
         for group, positions in self._grouped():
+            if not group["fused"]:
+                continue
             reached = [n for n in positions if reach[n]]
             own = [params[n] for n in reached]
-            if group["fused"] and self._fused_step(group, own, collected.columns(reached, present), weights):
+            if has_kernels(own) and self._fused_step(group, own, collected.columns(reached, present), weights):
                 stepped.update(reached)
         if len(stepped) < len(params):
             # Where one loss alone reaches a parameter, its own gradient.
@@ -596,8 +598,6 @@ class MoKDAdamW(_MoKD, AdamW):
     ) -> bool:
         stepping: list[Tensor] = []
         lists: list[list[Tensor]] = [[] for _ in range(5)]
-        if not has_kernels(params):
-            return False
         self._init_group(group, stepping, *lists)  # type: ignore[no-untyped-call]  # torch's
         _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
         beta1, beta2 = group["betas"]
