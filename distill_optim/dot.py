@@ -134,8 +134,8 @@ class _DOT(MultiLossOptimizer):
                 buffers = [self._buffers_of(p).get(keys[i]) for p in params]
                 stepped = [own[n] if buffer is None else buffer for n, buffer in zip(shared, buffers, strict=True)]
                 lengths = lengths_of([v for v in stepped if v is not None])
-                for n, length, gain in zip(shared, lengths, self._gains(group, i, params), strict=True):
-                    found[i][n] = length * gain
+                for n, length in zip(shared, torch._foreach_mul(lengths, self._gains(group, i, params)), strict=True):
+                    found[i][n] = length
         return found
 
 
@@ -251,15 +251,15 @@ class DOTSGD(_DOT, SGD):
                 f"{group['momentum']} and {self._memory_per_loss(group)}; choose others, or leave fold out"
             )
 
-    def _gain(self, group: Mapping[str, Any], i: int) -> float:
-        """c of loss i, where several losses reach a parameter."""
+    def _gain(self, group: Mapping[str, Any], momentum: float) -> float:
+        """c of a loss with this momentum, where several losses reach a parameter."""
         if group["gain"] == "paper":
             return 1
-        gain: float = (1 - self._memory_per_loss(group)[i]) / (1 - group["momentum"])
+        gain: float = (1 - momentum) / (1 - group["momentum"])
         return gain
 
     def _gains(self, group: Mapping[str, Any], i: int, params: Sequence[Tensor]) -> list[Any]:
-        return [self._gain(group, i)] * len(params)
+        return [self._gain(group, self._memory_per_loss(group)[i])] * len(params)
 
     def _collect(self, losses: Mapping[int, Tensor], present: Present, walk: Walk) -> None:
         if not self.defaults["fold"] or walk.through is not None:
@@ -341,7 +341,7 @@ class DOTSGD(_DOT, SGD):
                 lr=group["lr"],
                 momentum=group["momentum"],
                 momenta=[momenta[i] for i in present],
-                gains=[self._gain(group, i) for i in present],
+                gains=[self._gain(group, momenta[i]) for i in present],
                 dampening=group["dampening"],
                 weight_decay=group["weight_decay"],
                 nesterov=group["nesterov"],
@@ -361,9 +361,9 @@ class DOTSGD(_DOT, SGD):
         values, reach = self._values(collected), collected.reach()
         self._stats = Stats(self._present_names(collected), values, torch.ones_like(values), None)
         for group, positions in self._grouped():
-            lr = group["lr"]
+            lr, momenta = group["lr"], self._memory_per_loss(group)
             for i in collected.present:
-                gain = self._gain(group, i)
+                gain = self._gain(group, momenta[i])
                 for shared in True, False:
                     mine = [
                         (collected.params[n], collected.gradients[i][n]) for n in positions if (reach[n] > 1) is shared
