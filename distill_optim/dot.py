@@ -114,8 +114,7 @@ class _DOT(MultiLossOptimizer):
             shared = [n for n, count in enumerate(collected.reach()) if count > 1]
             return gram(collected.columns(shared, present))
 
-        values = self._values(collected)
-        self._stats = Stats(self._present_names(collected), values, torch.ones_like(values), shared_gram)
+        self._stats = Stats(self._present_names(collected), self._values(collected), None, shared_gram)
 
     def _gains(self, group: Mapping[str, Any], i: int, params: Sequence[Tensor]) -> list[Any]:
         """What loss i's buffer is multiplied by in the step of each of these parameters, which several losses reach."""
@@ -331,7 +330,7 @@ class DOTSGD(_DOT, SGD):
             momenta = self._memory_per_loss(group)
             reached = [n for n in positions if reach[n]]
             params = [collected.params[n] for n in reached]
-            states = [self.state.get(p, {}) for p in params]
+            states = [state or {} for state in map(self.state.get, params)]
             known = [[state.get(key) for state in states] for key in keys]
             buffers = [list(known[i]) for i in present]
             dot_sgd(
@@ -349,17 +348,19 @@ class DOTSGD(_DOT, SGD):
                 foreach=group["foreach"],
                 fused=group["fused"],
             )
+            if all(all(map(is_not, column, repeat(None))) for column in known):
+                continue
             for i, column in zip(present, buffers, strict=True):
                 for p, before, buffer in zip(params, known[i], column, strict=True):
                     if buffer is not before:
                         self.state[p][keys[i]] = buffer
-            if any(momenta) and not all(all(map(is_not, column, repeat(None))) for column in known):
+            if any(momenta):
                 self._fill_buffers(params)
 
     def _descend(self, collected: Collected) -> None:
         """The step along buffers that hold the gradients already."""
-        values, reach = self._values(collected), collected.reach()
-        self._stats = Stats(self._present_names(collected), values, torch.ones_like(values), None)
+        reach = collected.reach()
+        self._stats = Stats(self._present_names(collected), self._values(collected), None, None)
         for group, positions in self._grouped():
             lr, momenta = group["lr"], self._memory_per_loss(group)
             for i in collected.present:

@@ -138,7 +138,7 @@ class _MoKD(MultiLossOptimizer):
         shared = [n for n, count in enumerate(reach) if count > 1]
         columns = collected.columns(shared, present)
         gram = combination.gram(columns)
-        losses = self._values(collected)
+        losses = self._values(collected).double()
         # A loss that shares no parameter has nothing to be combined with.
         sharing = [a for a, own in enumerate(columns) if not all(map(is_, own, repeat(None)))]
         memory: combination.State = {}
@@ -304,7 +304,7 @@ class _MoKD(MultiLossOptimizer):
     def _given(self, losses: Mapping[int, Tensor], device: torch.device) -> Tensor:
         """Values of the losses, averaged over the processes."""
         means = self._mean({i: loss.detach() for i, loss in losses.items()}, list(losses))
-        return values(list(means.values()), device)
+        return values(list(means.values()), device).double()
 
     def _weights_of_values(self, losses: Mapping[int, Tensor]) -> tuple[Stats, Mapping[int, Sequence[Tensor]]]:
         """Weights from rules that look at nothing but the values of the losses."""

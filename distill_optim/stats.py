@@ -15,9 +15,6 @@ class Stats:
 
     Attributes:
         names: names of the losses that the step was given, K of them.
-        losses: their values, shape (K,), float64; over micro-batches, their sum.
-        weights: the factors of the raw gradients in the step, shape (K,), float64. (DOT weighs by memory, not by
-            factors: all 1.)
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
@@ -33,13 +30,28 @@ class Stats:
         self,
         names: Sequence[str],
         losses: Tensor,
-        weights: Tensor,
+        weights: Tensor | None,
         gram: Tensor | Callable[[], Tensor] | None,
     ) -> None:
         self.names = tuple(names)
-        self.losses = losses
-        self.weights = weights
+        self._losses = losses
+        self._weights = weights
         self._gram = gram
+
+    # A step does for its statistics what cannot be done later, which on small models is time that counts.
+
+    @property
+    def losses(self) -> Tensor:
+        """Values of the losses, shape (K,), float64; over micro-batches, their sum."""
+        return self._losses.double()
+
+    @property
+    def weights(self) -> Tensor:
+        """The factors of the raw gradients in the step, shape (K,), float64.
+
+        DOT weighs by memory, not by factors: all 1.
+        """
+        return torch.ones_like(self.losses) if self._weights is None else self._weights
 
     @property
     def gram(self) -> Tensor | None:

@@ -52,6 +52,8 @@ class Collected:
 
     def reach(self) -> list[int]:
         """How many losses reach each parameter."""
+        if all(all(map(is_not, own, repeat(None))) for own in self.gradients):
+            return [len(self.gradients)] * len(self.params)
         return list(map(sum, zip(*(map(is_not, own, repeat(None)) for own in self.gradients), strict=True)))
 
     def columns(self, positions: Sequence[int], losses: Sequence[int]) -> list[Column]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from operator import is_not
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from distill_optim.update import triton_dot_sgd
 
@@ -70,25 +71,18 @@ def dot_sgd(
         maximize=maximize,
     ):  # fmt: skip
         return
-    # Parameters that the same losses reach go through the same calls. A fused call takes tensors of one device and
-    # dtype, and buffers either all new or all old.
-    kinds: list[Iterable[object]] = [map(is_not, column, repeat(None)) for column in gradients]
-    if fused:
-        kinds += [map(is_not, column, repeat(None)) for column in buffers]
-        kinds += [[p.device for p in params], [p.dtype for p in params]]
-    alike: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
-    for p, kind in enumerate(zip(*kinds, strict=True)):
-        alike[kind].append(p)
     step = _fused_sgd if fused and not foreach else partial(sgd, foreach=foreach, fused=fused)
-    for kind, positions in alike.items():
-        batch = [params[p] for p in positions]
-        reaching = [loss for loss in range(len(gradients)) if kind[loss]]
+    for reaching, positions in _alike(params, gradients, buffers if fused else ()):
+        whole = len(positions) == len(params)
+        batch = list(params) if whole else [params[p] for p in positions]
         shared = len(reaching) > 1
         for loss in reaching:
-            own = [buffers[loss][p] for p in positions]
+            grads, own = gradients[loss], buffers[loss]
+            if not whole:
+                grads, own = [grads[p] for p in positions], [own[p] for p in positions]
             step(
                 batch,
-                [cast(Tensor, gradients[loss][p]) for p in positions],
+                cast(list[Tensor], grads),
                 own,
                 lr=cast(float, lr * gains[loss] if shared else lr),  # sgd() takes a tensor too, but does not say so
                 momentum=momenta[loss] if shared else momentum,
@@ -97,8 +91,33 @@ def dot_sgd(
                 nesterov=nesterov,
                 maximize=maximize,
             )
-            for p, buffer in zip(positions, own, strict=True):
-                buffers[loss][p] = buffer
+            if not whole:
+                for p, buffer in zip(positions, own, strict=True):
+                    buffers[loss][p] = buffer
+
+
+def _alike(
+    params: Sequence[Tensor], gradients: Sequence[Sequence[Tensor | None]], buffers: Sequence[Sequence[Tensor | None]]
+) -> Iterator[tuple[list[int], Sequence[int]]]:
+    """Parameters that go through the same calls: the losses that reach them, and their positions.
+
+    Args:
+        params, gradients: as in :func:`dot_sgd`.
+        buffers: of a fused call, which takes tensors of one device and dtype, and buffers either all new or all old.
+    """
+    # Mostly all of them do, and to see that takes less than to sort them.
+    complete = all(all(map(is_not, column, repeat(None))) for column in chain(gradients, buffers))
+    if complete and (not buffers or len(_group_tensors_by_device_and_dtype([list(params)])) < 2):
+        yield list(range(len(gradients))), range(len(params))
+        return
+    kinds: list[Iterable[object]] = [map(is_not, column, repeat(None)) for column in chain(gradients, buffers)]
+    if buffers:
+        kinds += [[p.device for p in params], [p.dtype for p in params]]
+    alike: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
+    for p, kind in enumerate(zip(*kinds, strict=True)):
+        alike[kind].append(p)
+    for kind, positions in alike.items():
+        yield [loss for loss in range(len(gradients)) if kind[loss]], positions
 
 
 def _fused_sgd(
