@@ -38,6 +38,9 @@ class _MoKD(MultiLossOptimizer):
 
     _per_optimizer = (*MultiLossOptimizer._per_optimizer, "combine", "dominance", "rescale", "every")
 
+    # The memory of the sum, a set of gradients, is not taken while the Gram matrix has its own.
+    _sums_late = True
+
     # Statistics of a step whose weights were known before its backward pass, so that .grad is all there is.
     _ahead: Stats | None = None
     # The parameters that one loss alone reaches, by loss, as the last full step found them.
@@ -154,6 +157,11 @@ class _MoKD(MultiLossOptimizer):
                 )
                 weights = weights.index_put((_on(sharing, losses.device),), among.to(losses.device))
         self._stats = Stats(self._present_names(collected), losses, weights, gram)
+        self._alone = {
+            i: [p for p, g, n in zip(params, collected.gradients[i], reach, strict=True) if n == 1 and g is not None]
+            for i in present
+        }
+        collected.sum_up()
 
         stepped: set[int] = set()
         for group, positions in self._grouped():
@@ -173,13 +181,11 @@ class _MoKD(MultiLossOptimizer):
                 sums = weighted_sum(collected.columns(combined, present), weights)
                 for n, summed in zip(combined, sums, strict=True):
                     gradients[n] = summed
+            # The torch optimizer may need memory of its own.
+            del columns
+            collected.release()
             self._step_along([None if n in stepped else g for n, g in enumerate(gradients)])
         self._remember(memory)
-
-        self._alone = {
-            i: [p for p, g, n in zip(params, collected.gradients[i], reach, strict=True) if n == 1 and g is not None]
-            for i in present
-        }
         self._schedule(present, refreshed=True)
 
     def _fused_step(

@@ -42,6 +42,7 @@ class Walk(NamedTuple):
         joint: whether this is in the middle of somebody's backward pass of a joint loss.
         retain_graph: whether the last loss leaves the graph in place.
         stepping: whether the step follows at once.
+        late: whether the update will see to the sum in ``.grad``.
     """
 
     scale: Tensor | None = None
@@ -49,6 +50,7 @@ class Walk(NamedTuple):
     joint: bool = False
     retain_graph: bool = False
     stepping: bool = False
+    late: bool = False
 
 
 class MultiLossOptimizer(Optimizer):
@@ -67,6 +69,9 @@ class MultiLossOptimizer(Optimizer):
     _per_optimizer: ClassVar[tuple[str, ...]] = ("losses", "process_group")
 
     _stats: Stats | None = None
+
+    # Whether an update puts the sum into .grad itself (Collected.sum_up), after what it needs memory for.
+    _sums_late: ClassVar[bool] = False
 
     # Shown one gradient per loss before every update, which may write into them. Copies of the optimizer have none.
     _watchers: tuple[Callable[[Collected], None], ...] = ()
@@ -154,7 +159,9 @@ class MultiLossOptimizer(Optimizer):
                 f"{type(closure).__name__}; for one loss call .backward() on it and then step()"
             )
         if losses is not None:
-            self._backward(losses, Walk(through=through, stepping=True))
+            # A compiled update leaves .grad alone.
+            late = self._sums_late and not torch.compiler.is_compiling()
+            self._backward(losses, Walk(through=through, stepping=True, late=late))
             returned = detached(losses) if losses is closure else returned
         elif through is not None:
             raise ValueError("through: it needs the losses in the same call; give them to step, or it to backward")
@@ -376,7 +383,8 @@ class MultiLossOptimizer(Optimizer):
 
         def finish(before: Column) -> None:
             with torch.no_grad():
-                self._collected.add(params, gradients, self._same_everywhere(before), given, joint=walk.joint)
+                same, late = self._same_everywhere(before), walk.late and replicas is None
+                self._collected.add(params, gradients, same, given, joint=walk.joint, late=late)
                 self._note_same()
 
         if not walk.joint:

@@ -61,9 +61,11 @@ def test_a_step_takes_at_most_k_more_gradient_sets(
     """One set per loss beside the sum in .grad; the combination and the update need none of their own.
 
     Besides, the Gram matrix is taken, and .grad compared, in buckets of a fixed size, here made as small beside the
-    model as they are beside a real one.
+    model as they are beside a real one. In one call the Gram matrix comes before the sum, in whose memory a quarter of
+    a set for its bucket is found.
     """
-    monkeypatch.setitem(sys.modules["distill_optim.combine.gram"].__dict__, "_BUCKET", {"cpu": 512})
+    bucket = 1 << 17 if how == "list" else 512
+    monkeypatch.setitem(sys.modules["distill_optim.combine.gram"].__dict__, "_BUCKET", {"cpu": bucket})
     monkeypatch.setattr("distill_optim.gradients.collected._BUCKET", 4096)
     flags: dict[str, Any] = {"foreach": foreach} | ({"momentum": 0.5} if base is SGD else {})
     model, losses, size = wide(k)
@@ -71,6 +73,19 @@ def test_a_step_takes_at_most_k_more_gradient_sets(
     ours = peak_of_a_step(cls(model.parameters(), losses=k, **flags), losses, how)
     # Activations, vectors of one width: some thousandths of a set.
     assert ours <= plain + (k + 0.02) * size, f"{(ours - plain) / size:.3f} more sets than a plain step"
+
+
+@pytest.mark.parametrize("how", ["list", "two phases"])
+def test_what_is_combined_is_let_go_before_the_update(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW's foreach path makes sets of its own, which then take the place of the K."""
+    monkeypatch.setitem(sys.modules["distill_optim.combine.gram"].__dict__, "_BUCKET", {"cpu": 512})
+    monkeypatch.setattr("distill_optim.gradients.collected._BUCKET", 4096)
+    k = 4
+    model, losses, size = wide(k)
+    plain = peak_of_a_step(AdamW(model.parameters(), foreach=True), losses, "plain")
+    assert plain > 1.5 * size, "torch's update should need memory of its own"
+    ours = peak_of_a_step(MoKDAdamW(model.parameters(), losses=k, foreach=True), losses, how)
+    assert ours <= max((k + 1) * size, plain + size) + 0.02 * size, f"{ours / size:.3f} sets"
 
 
 @pytest.mark.parametrize("k", [2, 4])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
-from operator import is_not
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +15,9 @@ from distill_optim.sharding import Shards, add_up, local
 # the cast and the products, on an accelerator enough that the number of launches stays small.
 _BUCKET = {"cpu": 1 << 20}
 _BUCKET_ACCELERATOR = 1 << 23
+
+# The losses that have these gradients, and where they are.
+_Kind = tuple[tuple[int, ...], torch.device, Shards]
 
 
 def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
@@ -46,20 +48,14 @@ def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
                 [3., 9.]], dtype=torch.float64)
     """
     k = len(gradients)
-    # Columns that the same losses reach, on one device, in one kind of shards.
-    alike: defaultdict[tuple[tuple[bool, ...], torch.device, Shards], list[list[Tensor]]] = defaultdict(list)
-    for column in zip(*gradients, strict=True):
-        parts = [local(gradient) for gradient in column if gradient is not None]
-        if parts:
-            reached = tuple(map(is_not, column, repeat(None)))
-            alike[reached, parts[0][0].device, parts[0][1]].append([_real(part) for part, _ in parts])
+    alike = _alike(gradients)
     home = next(iter(alike))[1] if alike else torch.device("cpu")
     sums: dict[Shards, Tensor] = {}
-    for (reached, device, shards), columns in alike.items():
-        products = _products(columns, _BUCKET.get(device.type, _BUCKET_ACCELERATOR))
+    for (losses, device, shards), rows in alike.items():
+        products = _products(rows, _BUCKET.get(device.type, _BUCKET_ACCELERATOR))
         if device != home:
             products = products.to(home, non_blocking=home.type != "cpu")
-        matrix = _matrix(products, [i for i, here in enumerate(reached) if here], k)
+        matrix = _matrix(products, losses, k)
         sums[shards] = sums[shards] + matrix if shards in sums else matrix
     total = torch.zeros((k, k), dtype=torch.float64, device=home)
     for shards, matrix in sums.items():
@@ -68,23 +64,41 @@ def gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     return total
 
 
-def _products(columns: Sequence[Sequence[Tensor]], bucket: int) -> Tensor:
-    """Inner products of the columns' K rows, as a vector: (0, 0), (1, 0), (1, 1), (2, 0), …
+def _alike(gradients: Sequence[Sequence[Tensor | None]]) -> dict[_Kind, list[list[Tensor]]]:
+    """Gradients that the same losses have, on one device and in one kind of shards, in a row per loss."""
+    # Mostly all are, and plain tensors, and to see that takes a fraction of sorting them.
+    every = [list(row) for row in gradients]
+    kinds = {kind for row in every for kind in map(type, row)}
+    if kinds == {Tensor} and len({len(row) for row in every}) == 1:
+        rows = cast(list[list[Tensor]], every)
+        devices = {t.device for t in rows[0]}
+        if len(devices) == 1 and not any(dtype.is_complex for dtype in {t.dtype for row in rows for t in row}):
+            return {(tuple(range(len(rows))), devices.pop(), None): rows}
+    columns: defaultdict[_Kind, list[list[Tensor]]] = defaultdict(list)
+    for column in zip(*every, strict=True):
+        losses = tuple(i for i, gradient in enumerate(column) if gradient is not None)
+        parts = [local(gradient) for gradient in column if gradient is not None]
+        if parts:
+            columns[losses, parts[0][0].device, parts[0][1]].append([_real(part) for part, _ in parts])
+    return {kind: list(map(list, zip(*those, strict=True))) for kind, those in columns.items()}
+
+
+def _products(rows: Sequence[list[Tensor]], bucket: int) -> Tensor:
+    """Inner products of K rows of tensors, as a vector: (0, 0), (1, 0), (1, 1), (2, 0), …
 
     One by one, although a matrix product would be faster for many losses: it takes its sums in another order from
     entry to entry, so that equal gradients would not have equal products.
     """
-    k, device = len(columns[0]), columns[0][0].device
+    k, device = len(rows), rows[0][0].device
     bucket = max(bucket // k, 1)
-    size = min(bucket, sum(column[0].numel() for column in columns))
+    size = min(bucket, sum(map(Tensor.numel, rows[0])))
     # Every row begins at a multiple of 64 bytes: where a sum begins is where its order begins too.
-    rows = torch.empty((k, -(-size // 8) * 8), dtype=torch.float64, device=device)
+    wide = torch.empty((k, -(-size // 8) * 8), dtype=torch.float64, device=device)
     total = torch.zeros(k * (k + 1) // 2, dtype=torch.float64, device=device)
-    for pieces in _buckets(columns, bucket):
-        filled = sum(column[0].numel() for column in pieces)
-        used = rows[:, :filled].unbind()
-        for row, own in zip(used, zip(*pieces, strict=True), strict=True):
-            row.copy_(own[0].reshape(-1) if len(own) == 1 else torch._C._nn.flatten_dense_tensors(list(own)))
+    for filled, pieces in _buckets(rows, bucket):
+        used = wide[:, :filled].unbind()
+        for row, own in zip(used, pieces, strict=True):
+            row.copy_(own[0].reshape(-1) if len(own) == 1 else torch._C._nn.flatten_dense_tensors(own))
         total += torch.stack([torch.dot(used[i], used[j]) for i in range(k) for j in range(i + 1)])
     return total
 
@@ -97,20 +111,21 @@ def _matrix(products: Tensor, losses: Sequence[int], k: int) -> Tensor:
     return torch.stack([pairs.get((max(i, j), min(i, j)), zero) for i in range(k) for j in range(k)]).view(k, k)
 
 
-def _buckets(columns: Iterable[Sequence[Tensor]], bucket: int) -> Iterator[list[Sequence[Tensor]]]:
-    """The columns, or flat pieces of large ones, of at most so many elements together."""
-    pieces: list[Sequence[Tensor]] = []
-    filled = 0
-    for column in columns:
-        whole = column[0].numel() <= bucket
-        for piece in (column,) if whole else zip(*(t.reshape(-1).split(bucket) for t in column), strict=True):
-            if filled + piece[0].numel() > bucket:
-                yield pieces
-                pieces, filled = [], 0
-            pieces.append(piece)
-            filled += piece[0].numel()
-    if pieces:
-        yield pieces
+def _buckets(rows: Sequence[list[Tensor]], bucket: int) -> Iterator[tuple[int, list[list[Tensor]]]]:
+    """The rows, or flat pieces of their large tensors, in parts of at most so many elements; and how many those are."""
+    start = filled = 0
+    for n, size in enumerate(map(Tensor.numel, rows[0])):
+        if filled + size > bucket and n > start:
+            yield filled, [row[start:n] for row in rows]
+            start, filled = n, 0
+        if size > bucket:
+            for pieces in zip(*(row[n].reshape(-1).split(bucket) for row in rows), strict=True):
+                yield pieces[0].numel(), [[piece] for piece in pieces]
+            start = n + 1
+        else:
+            filled += size
+    if filled:
+        yield filled, [row[start:] for row in rows]
 
 
 def _real(tensor: Tensor) -> Tensor:

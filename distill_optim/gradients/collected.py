@@ -39,6 +39,7 @@ class Collected:
         self.gradients: list[Column] = [[] for _ in range(k)]
         self.values: dict[int, Tensor] = {}
         self._joint_calls: Tensor | int = 0
+        self._sum_owed = False
         # Lengths of .grad as remember() saw them.
         self._lengths: Column = []
 
@@ -83,6 +84,7 @@ class Collected:
         values: Mapping[int, Tensor],
         *,
         joint: bool = False,
+        late: bool = False,
     ) -> None:
         """Adds one round of backward passes and leaves their sum in ``.grad``.
 
@@ -92,23 +94,37 @@ class Collected:
             before: the ``.grad`` that were there before the round.
             values: the losses' values.
             joint: whether they came through a joint loss.
+            late: whether the sum may wait for :meth:`sum_up`, which it does where there was nothing before.
         """
+        late = late and not self and all(map(is_, before, repeat(None)))
         if self:
             self.follow(params, before)
         self.align(params)
-        summed = _sum(list(gradients.values()))
+        summed = before if late else _sum(list(gradients.values()))
         nameless = [None if known else grad for known, grad in zip(self.reach(), before, strict=True)]
         _share(nameless, list(gradients.values()))
         for i, own in gradients.items():
             self.gradients[i] = _add(self.gradients[i], own)
         for p, grad in zip(params, _add(before, summed), strict=True):
             p.grad = grad
+        self._sum_owed = late
         for i, value in values.items():
             if i in self.values:
                 so_far, calls = self.values[i], self._joint_calls
                 value = (so_far * calls + value) / (calls + 1) if joint else so_far + value
             self.values[i] = value
         self._joint_calls = self._joint_calls + joint
+
+    def sum_up(self) -> None:
+        """Leaves the sum of the gradients in ``.grad`` where that was put off: to be called before they are changed."""
+        if self._sum_owed:
+            self._sum_owed = False
+            for p, grad in zip(self.params, _sum(self.gradients), strict=True):
+                p.grad = grad
+
+    def release(self) -> None:
+        """Lets go of the gradients; ``.grad`` stays."""
+        self.gradients = [[None] * len(self.params) for _ in self.gradients]
 
     def remember(self) -> None:
         """Takes down how long ``.grad`` is now, for :meth:`follow`."""
