@@ -388,8 +388,8 @@ class DOTAdamW(_DOT, AdamW):
 
     Takes the place of ``torch.optim.AdamW``: the untouched loop does what that does, bit for bit, and its
     checkpoints load. A loss that is missing in a step counts as a zero gradient, as it would in the sum. The paper
-    has SGD only; this is our extension. Several losses take the foreach or the for-loop path (``fused`` concerns
-    plain steps).
+    has SGD only; this is our extension. With ``fused`` several losses are one kernel on a GPU, and elsewhere
+    the foreach or the for-loop path.
 
     Args:
         params: parameters, groups or named parameters, as in torch.
@@ -494,6 +494,7 @@ class DOTAdamW(_DOT, AdamW):
                 weight_decay=group["weight_decay"],
                 maximize=group["maximize"],
                 foreach=foreach,
+                fused=group["fused"],
                 on_device=bool(group["capturable"] or group["fused"]),
                 differentiable=group["differentiable"],
             )

@@ -17,8 +17,16 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from distill_optim import DOTSGD, MoKDAdamW, MoKDSGD
-from distill_optim.update import dot_sgd, multi_tensor, triton_dot_sgd, triton_weighted, weighted_sum
+from distill_optim import DOTSGD, DOTAdamW, MoKDAdamW, MoKDSGD
+from distill_optim.update import (
+    dot_adamw,
+    dot_sgd,
+    multi_tensor,
+    triton_dot_adamw,
+    triton_dot_sgd,
+    triton_weighted,
+    weighted_sum,
+)
 from tests.helpers import assert_same_bits, batches, flat, student, train, two_losses
 
 triton = pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA and with the extra test")
@@ -215,6 +223,104 @@ def test_many_small_tensors_and_a_large_one() -> None:
         torch.testing.assert_close(mine, yours, rtol=1e-5, atol=1e-6)
 
 
+# ---------------------------------------------------------------- AdamW with a first moment per loss
+
+DOT_ADAMW_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"maximize": True, "weight_decay": 0.0},
+    {"amsgrad": True},
+    {"lr": torch.tensor(0.07, dtype=torch.float64), "beta1s": [0.3, 0.8, 0.5, 0.9], "beta2": 0.5},
+    {"beta1s": [0.0, 0.95, 0.0, 0.6], "beta1": 0.4},
+]
+
+
+for_loop: Any = partial(dot_adamw, foreach=False, fused=False, on_device=False)
+
+
+def dot_adamw_options(k: int, given: dict[str, Any]) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"beta1s": [0.85, 0.95, 0.9, 0.5]}
+    chosen = adamw_options(defaults | given)
+    return chosen | {"beta1s": chosen["beta1s"][:k]}
+
+
+def dot_adamw_state(k: int, amsgrad: bool, dtype: torch.dtype, device: str) -> tuple[list[list[Tensor]], Any]:
+    """K first moments; second moments, their maxima, and counts."""
+    _, *others = adamw_state(SHAPES, amsgrad, dtype, device)
+    return [[torch.zeros(shape, dtype=dtype, device=device) for shape in SHAPES] for _ in range(k)], others
+
+
+def agreeing(gradients: list[list[Any]]) -> list[list[Any]]:
+    """With the signs of the first loss that reaches the parameter, and none near 0.
+
+    Where the losses cancel out in their sum, each one's step is a quotient by next to nothing, and the for-loop rounds
+    them one by one: there it is the less exact one, and no reference.
+    """
+    signs = [next((g.sign() for g in row if g is not None), None) for row in zip(*gradients, strict=True)]
+    return [
+        [None if g is None else (g.abs() + 0.1) * sign for g, sign in zip(column, signs, strict=True)]
+        for column in gradients
+    ]
+
+
+def sums(gradients: list[list[Any]]) -> list[Tensor]:
+    """In the order of the losses, in the gradients' precision, as :class:`Collected` takes them."""
+    reaching = [[g for g in row if g is not None] for row in zip(*gradients, strict=True)]
+    return [sum(own[1:], own[0]) for own in reaching]
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.float64), (4, torch.float32)]
+)
+@pytest.mark.parametrize("given", DOT_ADAMW_OPTIONS, ids=str)
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log")  # of the interpreter's numpy, where β₁ is 0
+def test_dot_adamw_is_the_for_loop(k: int, given: dict[str, Any], dtype: torch.dtype) -> None:
+    """To a few ulps: the steps along the losses are added up before they are divided, and taken together.
+
+    Losses miss parameters, and some parameters are reached by one alone. (By none: left to torch.)
+    """
+    chosen = dot_adamw_options(k, given)
+    start = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+    theirs, ours = to(start, "cpu", dtype), to(start, DEVICE, dtype)
+    amsgrad = "amsgrad" in given
+    their_moments, their_state = dot_adamw_state(k, amsgrad, dtype, "cpu")
+    moments, state = dot_adamw_state(k, amsgrad, dtype, DEVICE)
+    for step in range(4):
+        gradients = agreeing(random_step(SHAPES, k, dtype, step))
+        there = [to(column, DEVICE, dtype) for column in gradients]
+        for_loop(theirs, gradients, sums(gradients), their_moments, *their_state, **chosen)
+        assert triton_dot_adamw.dot_adamw(ours, there, moments, *state, **on_device(chosen))
+    rtol = 2e-6 if dtype is torch.float32 else 1e-13
+    for mine, yours in zip(
+        chain(ours, *moments, *state), chain(theirs, *their_moments, *their_state), strict=True
+    ):  # fmt: skip
+        torch.testing.assert_close(mine.cpu(), yours, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("given", DOT_ADAMW_OPTIONS[:3], ids=str)
+def test_dot_adamw_in_half_precision_is_computed_in_float32(given: dict[str, Any], dtype: torch.dtype) -> None:
+    """Each step is the for-loop's in float32, and everything is rounded once, at its end."""
+    k, ulp = 2, torch.finfo(dtype).eps
+    chosen = dot_adamw_options(k, given)
+    ours = to([torch.randn(shape) for shape in SHAPES], DEVICE, dtype)
+    moments, state = dot_adamw_state(k, "amsgrad" in given, dtype, DEVICE)
+    state[-1] = [torch.zeros((), device=DEVICE) for _ in SHAPES]
+    for step in range(3):
+        gradients = agreeing(random_step(SHAPES, k, dtype, step))
+        theirs = to(ours, "cpu", torch.float32)
+        their_moments, their_state = ([to(column, "cpu", torch.float32) for column in c] for c in (moments, state))
+        wide = [to(column, "cpu", torch.float32) for column in gradients]
+        for_loop(theirs, wide, sums(wide), their_moments, *their_state, **chosen)
+        there = [to(column, DEVICE, dtype) for column in gradients]
+        assert triton_dot_adamw.dot_adamw(ours, there, moments, *state, **on_device(chosen))
+        # Below 2⁻¹⁴ float16 has fewer digits, and the second moments of the kernel's next step are those it stored.
+        tiny = torch.finfo(dtype).smallest_normal * ulp
+        for mine, yours in zip(
+            chain(ours, *moments, *state), chain(theirs, *their_moments, *their_state), strict=True
+        ):  # fmt: skip
+            torch.testing.assert_close(mine.cpu().float(), yours, rtol=ulp * 0.51, atol=tiny)
+
+
 # ---------------------------------------------------------------- the weighted sum and the update in one
 
 
@@ -347,7 +453,7 @@ def test_a_weight_that_is_not_finite_stays_with_the_parameters_that_it_belongs_t
 
 # ---------------------------------------------------------------- what all kernels share
 
-KERNELS = ["dot_sgd", "weighted_sgd", "weighted_adamw"]
+KERNELS = ["dot_sgd", "dot_adamw", "weighted_sgd", "weighted_adamw"]
 
 
 def stepper(kernel: str, params: list[Tensor]) -> tuple[Any, list[list[Any]]]:
@@ -364,12 +470,17 @@ def stepper(kernel: str, params: list[Tensor]) -> tuple[Any, list[list[Any]]]:
     state = [[torch.zeros_like(p) for p in params] for _ in names[:-1]]
     state += [[torch.zeros((), device=DEVICE) for _ in params]]
     columns: Any = dict(zip(names, state, strict=True)) | adamw_options({})
+    if kernel == "dot_adamw":
+        more = [torch.zeros_like(p) for p in params]
+        columns |= {"exp_avgs": [state[0], more], "beta1s": [0.85, 0.95]}
+        return partial(triton_dot_adamw.dot_adamw, params, **columns), [*state[:-1], more, state[-1]]
     return partial(triton_weighted.weighted_adamw, params, weights=weights, **columns), state
 
 
-def test_step_counts_of_another_kind_are_left_to_torch() -> None:
+@pytest.mark.parametrize("kernel", ["dot_adamw", "weighted_adamw"])
+def test_step_counts_of_another_kind_are_left_to_torch(kernel: str) -> None:
     params = random_params()
-    step, state = stepper("weighted_adamw", params)
+    step, state = stepper(kernel, params)
     counts = [*state[-1][:-1], torch.zeros((), dtype=torch.float64, device=DEVICE)]
     assert not step(random_gradients(params, 0), steps=counts)
     assert all(t.eq(0).all() for t in chain(*state))
@@ -720,7 +831,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from distill_optim.update import kernels
 
-for name in "dot_sgd", "weighted_sgd", "weighted_adamw":
+for name in "dot_sgd", "dot_adamw", "weighted_sgd", "weighted_adamw":
     for dtype in "float32", "bfloat16", "float64":
         kernel = getattr(kernels, name)
         assert all(p.do_not_specialize or p.is_constexpr for p in kernel.params)
@@ -740,6 +851,10 @@ for name in "dot_sgd", "weighted_sgd", "weighted_adamw":
 """
 
 
+# Read and written for two losses.
+WORDS = {"dot_sgd": (5, 3), "dot_adamw": (7, 5), "weighted_sgd": (4, 2), "weighted_adamw": (6, 4)}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the compiler in Triton's wheel, which is for Linux")
 def test_the_compiled_kernels_move_each_word_once_and_16_bytes_at_a_time() -> None:
     """Compiled for a GPU that need not be there, for two losses. AdamW's include the maximum, which it moves only if
@@ -751,9 +866,12 @@ def test_the_compiled_kernels_move_each_word_once_and_16_bytes_at_a_time() -> No
     per_thread = BLOCK // (32 * kernels.OPTIONS["num_warps"])
     counts = {tuple(line.split()[:3]): int(line.split()[3]) for line in done.stdout.splitlines()}
     for (name, dtype, what), count in counts.items():
-        words = {"dot_sgd": (5, 3), "weighted_sgd": (4, 2), "weighted_adamw": (6, 4)}[name][what == "st"]
-        assert count == words * per_thread * getattr(torch, dtype).itemsize // 16, (name, dtype, what)
-    assert len(counts) == 18
+        assert count == WORDS[name][what == "st"] * per_thread * getattr(torch, dtype).itemsize // 16, (
+            name,
+            dtype,
+            what,
+        )
+    assert len(counts) == 6 * len(WORDS)
 
 
 @pytest.mark.cuda
@@ -793,6 +911,21 @@ def test_the_number_of_launches_does_not_grow_with_the_number_of_tensors() -> No
         return sum("dot_sgd" in event.name for event in profiled.events() or [])
 
     assert kernels_of(50) == kernels_of(1600) == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("cls", [DOTAdamW, MoKDAdamW, MoKDSGD])
+def test_the_other_kernels_wait_for_no_gpu(cls: Any, launches: list[torch.dtype]) -> None:
+    model = student().cuda()
+    optimizer = cls(model.parameters(), lr=0.01, fused=True)
+    xs = [x.cuda() for x in batches(4)]
+    train(optimizer, model, xs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(optimizer, model, xs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(launches) == 8
 
 
 class Heads(nn.Module):
@@ -850,7 +983,41 @@ def test_mokd_combines_and_updates_in_one_kernel(cls: Any, flags: Any, monkeypat
     assert all(states[0][n].keys() == states[1][n].keys() for n in states[0])
 
 
-@pytest.mark.parametrize("cls", [MoKDSGD, MoKDAdamW])
+@pytest.mark.parametrize(
+    "flags",
+    [{"weight_decay": 0.1}, {"amsgrad": True, "maximize": True}, {"lr": torch.tensor(0.05)}, {"delta": 0.0}],
+    ids=str,
+)
+def test_dot_adamw_is_one_launch_per_group_and_step(flags: dict[str, Any], launches: list[torch.dtype]) -> None:
+    """Two groups, parameters of both losses, of one, and of none, which have no ``.grad``; plain steps in between."""
+    models, optimizers = [], []
+    for path in {"foreach": False}, {"fused": True}:
+        model = Heads().to(DEVICE)
+        others = [*model.heads.parameters(), *model.idle.parameters()]
+        groups: list[dict[str, Any]] = [
+            {"params": list(model.trunk.parameters())},
+            {"params": others, "lr": 0.02},
+        ]
+        models.append(model)
+        options: dict[str, Any] = {"lr": 0.05, **flags, **path}
+        optimizers.append(DOTAdamW(groups, **options))
+    for x in batches(5):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            optimizer.step(model(x.to(DEVICE)))
+            optimizer.zero_grad()
+            sum(model(x.to(DEVICE))).backward()
+            optimizer.step()
+    assert len(launches) == 2 * 5
+    theirs, ours = (flat(m.parameters()) for m in models)
+    # Some gradients of the two losses cancel out: see agreeing().
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
+    states = [o.state_dict()["state"] for o in optimizers]
+    assert states[0].keys() == states[1].keys()
+    assert all(states[0][n].keys() == states[1][n].keys() for n in states[0])
+
+
+@pytest.mark.parametrize("cls", [DOTAdamW, MoKDSGD, MoKDAdamW])
 def test_a_grad_that_somebody_put_where_no_loss_reaches_is_left_out_of_a_kernel_too(cls: Any) -> None:
     """Between two parameters of its size, whose state could be taken for its own."""
     results = []

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill_optim.update import triton_dot_adamw
+
 
 def dot_adamw(
     params: Sequence[Tensor],
@@ -27,6 +29,7 @@ def dot_adamw(
     weight_decay: float,
     maximize: bool,
     foreach: bool,
+    fused: bool | None,
     on_device: bool,
     differentiable: bool = False,
 ) -> None:
@@ -42,6 +45,9 @@ def dot_adamw(
     step counts there as a zero gradient, as it would in the sum; a parameter that one loss alone reaches uses β₁
     for that loss.
 
+    With ``fused`` on a GPU one kernel of our own takes all losses at once, where it can
+    (:func:`~distill_optim.update.multi_tensor.launches`).
+
     Args:
         params: P parameters, updated.
         gradients: K sequences of P gradients, None where loss i does not reach parameter p.
@@ -54,10 +60,27 @@ def dot_adamw(
         beta1: β₁ where one loss alone reaches the parameter.
         beta1s: β₁ of each loss, length K.
         foreach: whether all parameters of a dtype and device go through each operation at once.
+        fused: whether to have a kernel try it first.
         on_device: whether step counts and options must not be read on the host (fused, or capturable, as which
             torch traces every compiled step).
         differentiable: whether the step is to be recorded by autograd.
     """
+    if fused and triton_dot_adamw.dot_adamw(
+        params,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
+        lr=lr,
+        beta1=beta1,
+        beta1s=beta1s,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
+    ):
+        return
     on_device |= differentiable
     # A tensor of one element may have any number of dimensions.
     lr, beta1, beta2, *beta1s = (x.squeeze() if isinstance(x, Tensor) else x for x in (lr, beta1, beta2, *beta1s))

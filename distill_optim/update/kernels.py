@@ -134,6 +134,38 @@ def _sgd(
     return tl.fma(tl.where(remembers, moved, g), rate, theta)
 
 
+@triton.jit
+def _corrected(beta, count):
+    """1 - beta^t, in float64 as on the host: in float32 1 - 0.999^t has four digits at first."""
+    return 1 - tl.exp(count.to(tl.float64) * tl.log(beta))
+
+
+@triton.jit
+def _mean(m, g, beta, COMPUTE: tl.constexpr):
+    """m <- m + (1 - beta)(g - m), from whichever end is nearer, as torch's lerp."""
+    return tl.where(beta > 0.5, tl.fma(g - m, (1 - beta).to(COMPUTE), m), tl.fma(m - g, beta.to(COMPUTE), g))
+
+
+@triton.jit
+def _below(
+    v_address, max_address, g, count, at, inside, numbers,
+    DTYPE: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """AdamW's denominator after a step along one gradient; the second moment, and the maximum of it, are written."""
+    beta2 = tl.load(numbers + 4)
+    # v <- beta2 v + (1 - beta2) g^2
+    v = _read(v_address, at, inside, DTYPE, COMPUTE, WHOLE)
+    v = beta2.to(COMPUTE) * v + (1 - beta2).to(COMPUTE) * g * g
+    _write(v_address, at, v, inside, DTYPE, WHOLE)
+    # amsgrad: the largest v so far
+    largest = _read(max_address, at, inside & (max_address != 0), DTYPE, COMPUTE, WHOLE)
+    v = tl.where(max_address != 0, tl.maximum(largest, v, propagate_nan=tl.PropagateNan.ALL), v)
+    _write(max_address, at, v, inside & (max_address != 0), DTYPE, WHOLE)
+    # sqrt(v / (1 - beta2^t)) + eps
+    root = tl.sqrt_rn(v) if v.dtype == tl.float32 else tl.sqrt(v)
+    return _divided(root, tl.sqrt(_corrected(beta2, count)).to(COMPUTE)) + tl.load(numbers + 5).to(COMPUTE)
+
+
 # ---------------------------------------------------------------- DOT
 
 
@@ -177,6 +209,57 @@ def _dot_sgd(
         weight_decay = tl.where(reaches, 0.0, weight_decay)  # it joins the first loss
         # Rounded to the parameter's precision before the next loss, as by one optimizer after the other.
         theta = tl.where(reaches, stepped, theta).to(DTYPE).to(COMPUTE)
+    _write(tl.load(column + tensors), at, theta, inside, DTYPE, WHOLE)
+
+
+@_kernel
+def dot_adamw(
+    table, tensors, places, numbers, lr, weights, grad_scale, found_inf,
+    K: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """AdamW with a first moment per loss. Rows: K gradients, K first moments, the second, its maximum; the address of
+    the step count.
+    """
+    column, start, size, whole = _chunk(table, tensors, places, found_inf, 3 + 2 * K, BLOCK)
+    if whole:
+        _dot_adamw(column, tensors, start, size, numbers, lr, grad_scale, K, DTYPE, COMPUTE, BLOCK, True)
+    else:
+        _dot_adamw(column, tensors, start, size, numbers, lr, grad_scale, K, DTYPE, COMPUTE, BLOCK, False)
+
+
+@triton.jit
+def _dot_adamw(
+    column, tensors, start, size, numbers, lr, grad_scale,
+    K: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    at = start + tl.arange(0, BLOCK)
+    inside = _inside(at, size, WHOLE)
+    sign = tl.load(numbers + 1).to(COMPUTE)
+    rate = tl.load(numbers) if lr is None else tl.load(lr).to(tl.float64)
+    count = tl.load(tl.load(column + (4 + 2 * K) * tensors).to(tl.pointer_type(tl.float32)), mask=size > 0, other=1)
+    shared = _reach(column, tensors, K) > 1
+    summed = tl.zeros(at.shape, COMPUTE)
+    along = tl.zeros(at.shape, COMPUTE)
+    for i in tl.static_range(K):
+        address = tl.load(column + (2 + i) * tensors)
+        reaches = address != 0
+        beta1 = tl.load(numbers + tl.where(shared | (address == 0), 6 + i, 3))
+        g = _gradient(address, at, inside, grad_scale, sign, DTYPE, COMPUTE, WHOLE)
+        summed = tl.where(reaches, summed + g, summed)
+        # A missing gradient is a zero.
+        m_address = tl.load(column + (2 + K + i) * tensors)
+        m = _read(m_address, at, inside, DTYPE, COMPUTE, WHOLE)
+        m = tl.where(reaches, _mean(m, g, beta1, COMPUTE), m * beta1.to(COMPUTE))
+        _write(m_address, at, m, inside, DTYPE, WHOLE)
+        along += (-rate / _corrected(beta1, count)).to(COMPUTE) * m
+    below = _below(
+        tl.load(column + (2 + 2 * K) * tensors), tl.load(column + (3 + 2 * K) * tensors), summed, count, at, inside,
+        numbers, DTYPE, COMPUTE, WHOLE,
+    )  # fmt: skip
+    # theta <- (1 - lr lambda) theta - lr sum of m_i / (1 - beta1_i^t) / (sqrt(v / (1 - beta2^t)) + eps)
+    theta = _read(tl.load(column + tensors), at, inside, DTYPE, COMPUTE, WHOLE)
+    theta = theta * (1 - rate * tl.load(numbers + 2)).to(COMPUTE)
+    theta += _divided(along, below)
     _write(tl.load(column + tensors), at, theta, inside, DTYPE, WHOLE)
 
 
@@ -238,30 +321,18 @@ def _weighted_adamw(
     sign = tl.load(numbers + 1).to(COMPUTE)
     rate = tl.load(numbers) if lr is None else tl.load(lr).to(tl.float64)
     beta1 = tl.load(numbers + 3)
-    beta2 = tl.load(numbers + 4)
-    # In float64, as on the host: in float32 1 - 0.999^t has four digits at first.
     count = tl.load(tl.load(column + (5 + K) * tensors).to(tl.pointer_type(tl.float32)), mask=size > 0, other=1)
-    corrected1 = 1 - tl.exp(count.to(tl.float64) * tl.log(beta1))
-    corrected2 = 1 - tl.exp(count.to(tl.float64) * tl.log(beta2))
 
     g = _weighted(column, tensors, at, inside, weights, grad_scale, sign, K, DTYPE, COMPUTE, WHOLE)
-    # m <- m + (1 - beta1)(g - m), from whichever end is nearer, as torch's lerp
     m = _read(tl.load(column + (2 + K) * tensors), at, inside, DTYPE, COMPUTE, WHOLE)
-    m = tl.where(beta1 > 0.5, tl.fma(g - m, (1 - beta1).to(COMPUTE), m), tl.fma(m - g, beta1.to(COMPUTE), g))
+    m = _mean(m, g, beta1, COMPUTE)
     _write(tl.load(column + (2 + K) * tensors), at, m, inside, DTYPE, WHOLE)
-    # v <- beta2 v + (1 - beta2) g^2
-    v = _read(tl.load(column + (3 + K) * tensors), at, inside, DTYPE, COMPUTE, WHOLE)
-    v = beta2.to(COMPUTE) * v + (1 - beta2).to(COMPUTE) * g * g
-    _write(tl.load(column + (3 + K) * tensors), at, v, inside, DTYPE, WHOLE)
-    # amsgrad: the largest v so far
-    max_address = tl.load(column + (4 + K) * tensors)
-    largest = _read(max_address, at, inside & (max_address != 0), DTYPE, COMPUTE, WHOLE)
-    v = tl.where(max_address != 0, tl.maximum(largest, v, propagate_nan=tl.PropagateNan.ALL), v)
-    _write(max_address, at, v, inside & (max_address != 0), DTYPE, WHOLE)
+    below = _below(
+        tl.load(column + (3 + K) * tensors), tl.load(column + (4 + K) * tensors), g, count, at, inside, numbers,
+        DTYPE, COMPUTE, WHOLE,
+    )  # fmt: skip
     # theta <- (1 - lr lambda) theta - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
-    root = tl.sqrt_rn(v) if v.dtype == tl.float32 else tl.sqrt(v)
-    below = _divided(root, tl.sqrt(corrected2).to(COMPUTE)) + tl.load(numbers + 5).to(COMPUTE)
     theta = _read(tl.load(column + tensors), at, inside, DTYPE, COMPUTE, WHOLE)
     theta = theta * (1 - rate * tl.load(numbers + 2)).to(COMPUTE)
-    theta += _divided((-rate / corrected1).to(COMPUTE) * m, below)
+    theta += _divided((-rate / _corrected(beta1, count)).to(COMPUTE) * m, below)
     _write(tl.load(column + tensors), at, theta, inside, DTYPE, WHOLE)

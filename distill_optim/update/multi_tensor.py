@@ -146,6 +146,38 @@ def launches(
     return found
 
 
+def run_counted(
+    kernel: str,
+    params: Sequence[Tensor],
+    gradients: Sequence[Column],
+    buffers: Sequence[Column],
+    steps: Sequence[Tensor],
+    **options: Any,
+) -> bool:
+    """A whole step with counts, as Adam has them, where a kernel can take it; if not, nothing is touched.
+
+    Args:
+        kernel, params, gradients, buffers, options: as in :func:`launches`. All buffers are there.
+        steps: P counts, each one float32 on the parameter's device; one more afterwards, unless the step is skipped.
+
+    Returns:
+        Whether it was taken.
+    """
+    found = launches(kernel, params, gradients, buffers, **options)
+    if found is None or any(
+        t.dtype is not torch.float32 or t.get_device() != p.get_device() for t, p in zip(steps, params, strict=True)
+    ):
+        return False
+    for launch in found:
+        counts = [steps[p] for p in launch.positions]
+        torch._foreach_add_(counts, 1)
+        launch.run([[count.data_ptr() for count in counts]], buffers)
+        *_, skipped = launch.scalars
+        if skipped is not None:
+            torch._foreach_sub_(counts, [skipped] * len(counts))
+    return True
+
+
 # ---------------------------------------------------------------- what a kernel can take
 
 

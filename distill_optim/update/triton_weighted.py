@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from distill_optim.update import multi_tensor
@@ -106,28 +105,15 @@ def weighted_adamw(
     Returns:
         As in :func:`weighted_sgd`.
     """
-    sign = -1 if maximize else 1
-    buffers: list[multi_tensor.Column] = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs or [None] * len(params)]
-    found = multi_tensor.launches(
+    return multi_tensor.run_counted(
         "weighted_adamw",
         params,
         gradients,
-        buffers,
+        [exp_avgs, exp_avg_sqs, max_exp_avg_sqs or [None] * len(params)],
+        steps,
         lr=lr,
         weights=weights,
-        numbers=(sign, weight_decay, beta1, beta2, eps),
+        numbers=(-1 if maximize else 1, weight_decay, beta1, beta2, eps),
         grad_scale=grad_scale,
         found_inf=found_inf,
     )
-    if found is None or any(
-        t.dtype is not torch.float32 or t.get_device() != p.get_device() for t, p in zip(steps, params, strict=True)
-    ):
-        return False
-    for launch in found:
-        counts = [steps[p] for p in launch.positions]
-        torch._foreach_add_(counts, 1)
-        launch.run([[count.data_ptr() for count in counts]], buffers)
-        *_, skipped = launch.scalars
-        if skipped is not None:
-            torch._foreach_sub_(counts, [skipped] * len(counts))
-    return True
