@@ -109,3 +109,13 @@ def refused(optimizer: torch.optim.Optimizer, error: type[Exception], *words: st
     for word in words:
         assert word in str(raised.value), f"{word!r} is not in: {raised.value}"
     assert_same_tree(before, snapshot(optimizer))
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """On a GPU the block raises where the host waits for the device, or reads from it."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

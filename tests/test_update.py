@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,27 +10,43 @@ import torch
 from torch import nn
 
 from distill_optim.update import weighted_sum
-from tests.helpers import OURS, batches, flat, student, train, two_losses
+from tests.helpers import OURS, batches, flat, no_waiting, student, train, two_losses
+
+# Weights that may be read on the host, and such as may not: on an accelerator, or of a kind of tensor not known here.
+WEIGHTS = pytest.mark.parametrize("kind", [torch.Tensor.detach, nn.Parameter], ids=["read", "not read"])
 
 
+@WEIGHTS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
-def test_weighted_sum_is_the_sum(dtype: torch.dtype) -> None:
+@torch.no_grad()
+def test_weighted_sum_is_the_sum(dtype: torch.dtype, kind: Any) -> None:
     shapes = [(3, 4), (), (5,), (0,)]
     gradients = [[torch.randn(s, dtype=dtype) for s in shapes] for _ in range(3)]
     weights = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
     expected = [
         sum(w.to(dtype) * g for w, g in zip(weights, column, strict=True)) for column in zip(*gradients, strict=True)
     ]
-    for total, other in zip(weighted_sum(gradients, weights), expected, strict=True):
+    for total, other in zip(weighted_sum(gradients, kind(weights)), expected, strict=True):
         # Products and one sum in this precision.
         torch.testing.assert_close(total, other)
 
 
-def test_weighted_sum_of_those_that_reach_a_parameter() -> None:
+@WEIGHTS
+@torch.no_grad()
+def test_weighted_sum_of_those_that_reach_a_parameter(kind: Any) -> None:
     a, b, c = torch.tensor([1.0]), torch.tensor([10.0]), torch.tensor([100.0], dtype=torch.float64)
-    total = weighted_sum([[a, None], [None, c], [b, None], [None, None]], torch.tensor([2.0, 3.0, 4.0, 5.0]))
+    total = weighted_sum([[a, None], [None, c], [b, None], [None, None]], kind(torch.tensor([2.0, 3.0, 4.0, 5.0])))
     assert [t.item() for t in total] == [42, 300]
     assert total[0] is a, "the sum should grow in the first gradient's memory"
+
+
+@WEIGHTS
+@torch.no_grad()
+def test_a_weight_is_rounded_for_each_dtype_by_itself(kind: Any) -> None:
+    third = torch.tensor([1 / 3], dtype=torch.float64)
+    one = [torch.ones(1, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+    total = weighted_sum([[t.clone() for t in one]], kind(third))
+    assert [t.item() for t in total] == [third.to(t.dtype).item() for t in one]
 
 
 @pytest.mark.parametrize("cls", OURS)
@@ -77,12 +94,9 @@ def test_a_step_waits_for_no_gpu(cls: Any, flags: dict[str, Any]) -> None:
     optimizer = cls(model.parameters(), lr=0.01, **flags)
     xs = [x.cuda() for x in batches(4)]
     train(optimizer, model, xs)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         train(optimizer, model, xs)
         _ = optimizer.stats.cosines
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda
@@ -105,13 +119,10 @@ def test_mokd_through_waits_for_no_gpu(way: str) -> None:
     model = student().cuda()
     optimizer = MoKDSGD(model.parameters(), lr=0.01, momentum=0.9, every=1 if way == "through" else 3)
     xs = [x.cuda() for x in batches(4)]
-    for mode in "default", "error":
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
+    for around in nullcontext, no_waiting:
+        with around():
             for x in xs:
                 optimizer.zero_grad()
                 out = model(x)
                 optimizer.step([out.square().mean(), (out - 1).abs().mean()], through=out if way == "through" else None)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert two_losses(model, xs[0])[0].isfinite()

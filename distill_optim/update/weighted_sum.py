@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,19 +28,28 @@ def weighted_sum(gradients: Sequence[Sequence[Tensor | None]], weights: Tensor) 
         [tensor([2.5000, 6.5000])]
     """
     total: list[Tensor | None] = [None] * len(gradients[0])
-    for grads, weight in zip(gradients, weights.unbind(), strict=True):
+    # On a CPU to read a number is not to wait, and with numbers a product and its addition are one operation.
+    readable = type(weights) is Tensor and weights.device.type == "cpu" and not torch.compiler.is_compiling()
+    factors: list[Any] = weights.tolist() if readable else list(weights.unbind())
+    for grads, factor in zip(gradients, factors, strict=True):
         reached = [(p, g) for p, g in enumerate(grads) if g is not None]
         if not reached:
             continue
         grouped = _group_tensors_by_device_and_dtype([[g for _, g in reached]], with_indices=True)
         for (group,), indices in grouped.values():
             members = [g for g in group if g is not None]
-            device, dtype = members[0].device, members[0].dtype
-            torch._foreach_mul_(members, weight.to(device, dtype, non_blocking=device.type != "cpu"))
             into = [total[reached[i][0]] for i in indices]
+            first = [g for t, g in zip(into, members, strict=True) if t is None]
             again = [(t, g) for t, g in zip(into, members, strict=True) if t is not None]
+            if readable:
+                scaled, by, alpha = first, factor, factor
+            else:
+                device, dtype = members[0].device, members[0].dtype
+                scaled, by, alpha = members, factor.to(device, dtype, non_blocking=device.type != "cpu"), 1
+            if scaled:
+                torch._foreach_mul_(scaled, by)
             if again:
-                torch._foreach_add_([t for t, _ in again], [g for _, g in again])
+                torch._foreach_add_([t for t, _ in again], [g for _, g in again], alpha=alpha)
         for p, g in reached:
             if total[p] is None:
                 total[p] = g

@@ -8,6 +8,7 @@ from torch import nn
 
 from distill_optim import DOTSGD, MoKDSGD, distill
 from tests.distill.losses import LOSSES, Loss
+from tests.helpers import no_waiting
 
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 same_shapes = pytest.mark.parametrize(
@@ -81,11 +82,8 @@ def test_autocast_changes_nothing(loss: Loss, device: str) -> None:
 def test_no_loss_waits_for_a_gpu(loss: Loss) -> None:
     student, teacher = loss.draw(torch.float32, "cuda")
     torch.stack(loss(student, teacher)).sum().backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         torch.stack(loss(student, teacher)).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @every_loss
