@@ -16,8 +16,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What each room may look into, beside itself. The stations of the walk know nothing of each other.
 MAY_IMPORT: dict[str, set[str]] = {
     "sharding": set(),
-    "gradients": {"sharding"},
-    "combine": {"sharding"},
+    "buckets": set(),
+    "gradients": {"sharding", "buckets"},
+    "combine": {"sharding", "buckets"},
     "update": {"sharding"},
     "distill": set(),
     "stats": set(),

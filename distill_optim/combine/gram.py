@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from distill_optim.buckets import buckets
 from distill_optim.sharding import Shards, add_up, local
 
 # Numbers held in float64 at a time, of all gradients together: on a CPU few enough to stay in the cache between
@@ -95,8 +96,8 @@ def _products(rows: Sequence[list[Tensor]], bucket: int) -> Tensor:
     # Every row begins at a multiple of 64 bytes: where a sum begins is where its order begins too.
     wide = torch.empty((k, -(-size // 8) * 8), dtype=torch.float64, device=device)
     total = torch.zeros(k * (k + 1) // 2, dtype=torch.float64, device=device)
-    for filled, pieces in _buckets(rows, bucket):
-        used = wide[:, :filled].unbind()
+    for _, pieces in buckets(rows, bucket, copying=True):
+        used = wide[:, : sum(map(Tensor.numel, pieces[0]))].unbind()
         for row, own in zip(used, pieces, strict=True):
             row.copy_(own[0].reshape(-1) if len(own) == 1 else torch._C._nn.flatten_dense_tensors(own))
         total += torch.stack([torch.dot(used[i], used[j]) for i in range(k) for j in range(i + 1)])
@@ -109,23 +110,6 @@ def _matrix(products: Tensor, losses: Sequence[int], k: int) -> Tensor:
     pairs = {(i, j): next(known) for n, i in enumerate(losses) for j in losses[: n + 1]}
     zero = torch.zeros_like(products[0])
     return torch.stack([pairs.get((max(i, j), min(i, j)), zero) for i in range(k) for j in range(k)]).view(k, k)
-
-
-def _buckets(rows: Sequence[list[Tensor]], bucket: int) -> Iterator[tuple[int, list[list[Tensor]]]]:
-    """The rows, or flat pieces of their large tensors, in parts of at most so many elements; and how many those are."""
-    start = filled = 0
-    for n, size in enumerate(map(Tensor.numel, rows[0])):
-        if filled + size > bucket and n > start:
-            yield filled, [row[start:n] for row in rows]
-            start, filled = n, 0
-        if size > bucket:
-            for pieces in zip(*(row[n].reshape(-1).split(bucket) for row in rows), strict=True):
-                yield pieces[0].numel(), [[piece] for piece in pieces]
-            start = n + 1
-        else:
-            filled += size
-    if filled:
-        yield filled, [row[start:] for row in rows]
 
 
 def _real(tensor: Tensor) -> Tensor:

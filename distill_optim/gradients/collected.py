@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distill_optim.buckets import buckets
 from distill_optim.sharding import Shards, add_up, local
 
 # One gradient per parameter, None where there is none. By position: to look a tensor up costs more than the
@@ -165,16 +166,16 @@ class Collected:
         # What rounding may do to a sum of gradients of these lengths, in micro-batches and in this precision.
         dtypes = [grad.dtype for grad in now_is]
         units = {dtype: torch.full((), _rounding(dtype), dtype=torch.float64, device=home) for dtype in set(dtypes)}
-        rounding = torch.stack([units[dtype] for dtype in dtypes])
+        rounding = torch.stack([units[dtype] for dtype in dtypes]) if len(units) > 1 else units[dtypes[0]]
         # Where the gradients cancel out in the sum, its length says nothing; there the rest of the model speaks.
         legible = (then > rounding * parts) & torch.isfinite(then)
         common = (now.square() * legible).nansum() / (then.square() * legible).nansum()
         factors = torch.where(legible, now / then, torch.where(legible.any(), common.sqrt(), 1))
-        buckets = list(self._buckets(positions, now_is))
-        residuals = _stack(_of_whole(_residuals(buckets, _readable(factors)), [local(g)[1] for g in now_is]), home)
+        bucketed = list(self._buckets(positions, now_is))
+        residuals = _stack(_of_whole(_residuals(bucketed, _readable(factors)), [local(g)[1] for g in now_is]), home)
         followed = residuals <= rounding * (now + factors * parts)
         numbers = _readable(torch.where(followed, factors, torch.nan))
-        for bucket in buckets:
+        for bucket in bucketed:
             for gradients in bucket.gradients:
                 _rescale(gradients, bucket.now, [numbers[n] for n in bucket.members], 1 / len(bucket.gradients))
         afresh = (now == 0).all()
@@ -183,24 +184,18 @@ class Collected:
 
     def _buckets(self, positions: Sequence[int], grads: Sequence[Tensor]) -> Iterator[_Bucket]:
         """The parameters at these positions, whose ``.grad`` are these, piece by piece."""
-        alike: defaultdict[object, list[tuple[int, list[Tensor]]]] = defaultdict(list)
-        columns = zip(*self.columns(positions, range(len(self.gradients))), strict=True)
-        for n, (grad, column) in enumerate(zip(grads, columns, strict=True)):
-            reaching = tuple(map(is_not, column, repeat(None)))
-            tensors = [local(t)[0] for t in (grad, *column) if t is not None]
-            alike[reaching, grad.device, grad.dtype].append((n, tensors))
+        alike: defaultdict[object, list[int]] = defaultdict(list)
+        columns = self.columns(positions, range(len(self.gradients)))
+        reaching = zip(*(map(is_not, own, repeat(None)) for own in columns), strict=True)
+        for n, kind in enumerate(zip(reaching, [g.device for g in grads], [g.dtype for g in grads], strict=True)):
+            alike[kind].append(n)
         for members in alike.values():
-            bucket: list[tuple[int, list[Tensor]]] = []
-            filled = 0
-            for n, tensors in members:
-                for piece in _pieces(tensors):
-                    size = piece[0].numel()
-                    if bucket and filled + size > _BUCKET:
-                        yield _Bucket.of(bucket)
-                        bucket, filled = [], 0
-                    bucket.append((n, piece))
-                    filled += size
-            yield _Bucket.of(bucket)
+            rows = [[local(grads[n])[0] for n in members]]
+            for own in columns:
+                if own[members[0]] is not None:
+                    rows.append([local(g)[0] for g in (own[n] for n in members) if g is not None])
+            for part, (now, *gradients) in buckets(rows, _BUCKET, copying=False):
+                yield _Bucket([members[n] for n in part], now, gradients)
 
 
 class _Bucket(NamedTuple):
@@ -213,24 +208,13 @@ class _Bucket(NamedTuple):
     now: list[Tensor]
     gradients: list[list[Tensor]]
 
-    @classmethod
-    def of(cls, pieces: Sequence[tuple[int, list[Tensor]]]) -> _Bucket:
-        now, *gradients = map(list, zip(*(tensors for _, tensors in pieces), strict=True))
-        return cls([n for n, _ in pieces], now, gradients)
 
-
-def _pieces(tensors: list[Tensor]) -> list[list[Tensor]]:
-    if tensors[0].numel() <= _BUCKET or not all(t.is_contiguous() for t in tensors):
-        return [tensors]
-    return [list(piece) for piece in zip(*(t.view(-1).split(_BUCKET) for t in tensors), strict=True)]
-
-
-def _residuals(buckets: Sequence[_Bucket], factors: Numbers) -> list[Tensor]:
+def _residuals(bucketed: Sequence[_Bucket], factors: Numbers) -> list[Tensor]:
     """How far each ``.grad`` is from its factor times the sum of the collected gradients."""
     lengths: list[list[Tensor]] = [[] for _ in factors]
-    for members, now, (first, *others) in buckets:
-        sums = list(torch._foreach_mul(first, 1))
-        for more in others:
+    for members, now, (first, *others) in bucketed:
+        sums = list(torch._foreach_add(first, others[0])) if others else [gradient.clone() for gradient in first]
+        for more in others[1:]:
             torch._foreach_add_(sums, more)
         _multiply(sums, [factors[n] for n in members])
         torch._foreach_sub_(sums, now)
@@ -250,8 +234,10 @@ def _readable(numbers: Tensor) -> Numbers:
 def _multiply(tensors: list[Tensor], factors: Numbers) -> None:
     """Each by its own factor, in place. Foreach functions take Python's numbers; others are spread to the shapes."""
     spread = _spread(factors, tensors)
-    by = factors if spread is None else torch._C._nn.unflatten_dense_tensors(spread, tensors)
-    torch._foreach_mul_(tensors, by)
+    if spread is not None:
+        torch._foreach_mul_(tensors, torch._C._nn.unflatten_dense_tensors(spread, tensors))
+    elif any(factor != 1 for factor in factors):
+        torch._foreach_mul_(tensors, factors)
 
 
 def _rescale(gradients: list[Tensor], now: list[Tensor], factors: Numbers, share: float) -> None:
