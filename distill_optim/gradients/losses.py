@@ -102,7 +102,7 @@ def detached(losses: Losses) -> Any:
 
 
 def values(losses: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Values of losses, without their graphs, as one vector on a device and without waiting for it."""
+    """Values of losses, given without their graphs, as one vector on a device; without waiting for it."""
     # A copy to the host is not safe to read until it has been waited for.
     wait = device.type == "cpu"
     scalars = [v if v.dim() == 0 else v.reshape(()) for v in losses]

@@ -112,8 +112,7 @@ def _weighted(
         weight = tl.where(shared, tl.load(weights + i).to(COMPUTE), 1.0)
         # A weight that is not finite does no harm where there is no gradient.
         weight = tl.where(address != 0, weight, 0.0).to(COMPUTE)
-        g = _gradient(address, at, inside, grad_scale, sign, DTYPE, COMPUTE, WHOLE)
-        total = tl.fma(g, weight, total)
+        total += weight * _gradient(address, at, inside, grad_scale, sign, DTYPE, COMPUTE, WHOLE)
     return total
 
 

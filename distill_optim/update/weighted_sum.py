@@ -27,27 +27,19 @@ def weighted_sum(gradients: Sequence[Sequence[Tensor | None]], weights: Tensor) 
         [tensor([2.5000, 6.5000])]
     """
     total: list[Tensor | None] = [None] * len(gradients[0])
-    # On a CPU to read a number is not to wait, and with numbers a product and its addition are one operation.
-    readable = type(weights) is Tensor and weights.device.type == "cpu" and not torch.compiler.is_compiling()
-    numbers: list[float] = weights.tolist() if readable else []
-    for i, (grads, weight) in enumerate(zip(gradients, weights.unbind(), strict=True)):
+    for grads, weight in zip(gradients, weights.unbind(), strict=True):
         reached = [(p, g) for p, g in enumerate(grads) if g is not None]
         if not reached:
             continue
         grouped = _group_tensors_by_device_and_dtype([[g for _, g in reached]], with_indices=True)
         for (group,), indices in grouped.values():
             members = [g for g in group if g is not None]
-            into = [total[reached[n][0]] for n in indices]
-            first = [g for t, g in zip(into, members, strict=True) if t is None]
+            device, dtype = members[0].device, members[0].dtype
+            torch._foreach_mul_(members, weight.to(device, dtype, non_blocking=device.type != "cpu"))
+            into = [total[reached[i][0]] for i in indices]
             again = [(t, g) for t, g in zip(into, members, strict=True) if t is not None]
-            scaled = first if readable else members
-            if scaled:
-                # By a tensor: a number would be made one for each gradient.
-                device, dtype = members[0].device, members[0].dtype
-                torch._foreach_mul_(scaled, weight.to(device, dtype, non_blocking=device.type != "cpu"))
             if again:
-                alpha = numbers[i] if readable else 1
-                torch._foreach_add_([t for t, _ in again], [g for _, g in again], alpha=alpha)
+                torch._foreach_add_([t for t, _ in again], [g for _, g in again])
         for p, g in reached:
             if total[p] is None:
                 total[p] = g
