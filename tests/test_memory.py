@@ -64,7 +64,7 @@ def test_a_step_takes_at_most_k_more_gradient_sets(
     model as they are beside a real one. In one call the Gram matrix comes before the sum, in whose memory a quarter of
     a set for its bucket is found.
     """
-    bucket = 1 << 17 if how == "list" else 512
+    bucket = 1 << 17 if how == "list" else 4096
     monkeypatch.setitem(sys.modules["distill_optim.combine.gram"].__dict__, "_BUCKET", {"cpu": bucket})
     monkeypatch.setattr("distill_optim.gradients.collected._BUCKET", 4096)
     flags: dict[str, Any] = {"foreach": foreach} | ({"momentum": 0.5} if base is SGD else {})
@@ -78,7 +78,7 @@ def test_a_step_takes_at_most_k_more_gradient_sets(
 @pytest.mark.parametrize("how", ["list", "two phases"])
 def test_what_is_combined_is_let_go_before_the_update(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """AdamW's foreach path makes sets of its own, which then take the place of the K."""
-    monkeypatch.setitem(sys.modules["distill_optim.combine.gram"].__dict__, "_BUCKET", {"cpu": 512})
+    monkeypatch.setitem(sys.modules["distill_optim.combine.gram"].__dict__, "_BUCKET", {"cpu": 4096})
     monkeypatch.setattr("distill_optim.gradients.collected._BUCKET", 4096)
     k = 4
     model, losses, size = wide(k)
