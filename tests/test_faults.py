@@ -158,3 +158,33 @@ def test_the_loss_that_is_returned_shows_the_bad_batch(cls: Any, combine: str) -
     returned = optimizer.step(losses_with(model, batches(1)[0], 1, math.nan, "everywhere"))
     assert [bool(loss.isfinite()) for loss in returned] == [True, False]
     assert torch.isfinite(optimizer.stats.losses).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("cleared", [True, False])
+def test_a_step_whose_rule_fails_can_be_taken_again(cleared: bool) -> None:
+    """Without anything of the step that failed: its losses were never walked to the end."""
+
+    class Fails:
+        calls = 0
+
+        def __call__(self, gram: Tensor, losses: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == 2:
+                raise ArithmeticError("no solution")
+            return torch.full_like(losses, 0.5)
+
+    results = []
+    for rule in Fails(), "mean":
+        model = student(torch.float64)
+        optimizer = MoKDSGD(model.parameters(), lr=0.01, momentum=0.9, combine=rule, dominance="none")
+        for n, x in enumerate(batches(3, torch.float64)):
+            optimizer.zero_grad()
+            if n == 1 and not isinstance(rule, str):
+                with pytest.raises(ArithmeticError):
+                    optimizer.step(two_losses(model, x))
+                if cleared:
+                    optimizer.zero_grad()
+            optimizer.step(two_losses(model, x))
+        results.append([*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for mine, yours in zip(*results, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-12, atol=1e-14)

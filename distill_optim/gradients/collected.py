@@ -146,7 +146,9 @@ class Collected:
             grads: their present ``.grad``.
         """
         self.align(params)
-        known = [None if length is None else grad for grad, length in zip(grads, self._lengths, strict=True)]
+        # What a step that was handed its losses has left, because it failed, was never taken down and is not followed.
+        seen = self._lengths or [None] * len(params)
+        known = [None if length is None else grad for grad, length in zip(grads, seen, strict=True)]
         for own in self.gradients:
             own[:] = [None if grad is None else gradient for gradient, grad in zip(own, known, strict=True)]
         positions = [n for n, count in enumerate(self.reach()) if count]
