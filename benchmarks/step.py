@@ -98,8 +98,9 @@ def contenders(gradients: Gradients, *, compiled: bool) -> list[Contender]:
         found.append(
             Contender(f"torch AdamW on the sum, {path}", torch.optim.AdamW(params, **light, **flags).step, words=7)
         )
-    # On a CPU torch has no kernel for several first moments.
-    for path in list(paths)[params[0].device.type == "cpu" :]:
+    for path in paths:
+        if path == "fused" and params[0].device.type == "cpu":
+            continue  # torch has no kernel for several first moments
         dot_adamw = DOTAdamW(params, losses=k, **light, **paths[path])
         found.append(update(f"DOTAdamW update, {path}", dot_adamw, gradients, 3 * k + 4))
     mokd_adamw = MoKDAdamW(params, losses=k, fused=True, **light)

@@ -243,10 +243,10 @@ def _dot_adamw(
     for i in tl.static_range(K):
         address = tl.load(column + (2 + i) * tensors)
         reaches = address != 0
-        beta1 = tl.load(numbers + tl.where(shared | (address == 0), 6 + i, 3))
+        beta1 = tl.load(numbers + tl.where(reaches & (shared == 0), 3, 6 + i))
         g = _gradient(address, at, inside, grad_scale, sign, DTYPE, COMPUTE, WHOLE)
-        summed = tl.where(reaches, summed + g, summed)
         # A missing gradient is a zero.
+        summed += g
         m_address = tl.load(column + (2 + K + i) * tensors)
         m = _read(m_address, at, inside, DTYPE, COMPUTE, WHOLE)
         m = tl.where(reaches, _mean(m, g, beta1, COMPUTE), m * beta1.to(COMPUTE))
